@@ -1,0 +1,33 @@
+"""Deep equilibrium models: equilibria `z* = f(z*, x)` as layers, with exact gradients and the memory of one layer."""
+
+from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint
+from deepeq.deq import DEQ, Unrolled
+from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
+from deepeq.solve import fixed_point, root_find
+from deepeq.solvers import GMRES, Anderson, Broyden, FixedPointIteration, Solver
+from deepeq.stability import jacobian_penalty, spectral_radius
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEQ",
+    "GMRES",
+    "Adjoint",
+    "Anderson",
+    "BackpropAdjoint",
+    "Broyden",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "FixedPointIteration",
+    "ImplicitAdjoint",
+    "NeumannAdjoint",
+    "PhantomAdjoint",
+    "Result",
+    "Solution",
+    "Solver",
+    "Unrolled",
+    "fixed_point",
+    "jacobian_penalty",
+    "root_find",
+    "spectral_radius",
+]

@@ -1,0 +1,113 @@
+"""The command `deepeq`: parses, builds, calls. Results go to stdout as JSON or text, messages to stderr."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from deepeq import __version__
+from deepeq.data import SegmentStream, load_corpus
+from deepeq.train import Interrupted, RunFolder, TrainingError, evaluate, generate, plot_run, train
+from deepeq.train.config import add_run_arguments, run_config
+from deepeq.train.metrics import quality
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 130 for Ctrl-C."""
+    parser = _parser()
+    try:
+        parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
+        _COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
+    except (TrainingError, MemoryError) as error:
+        return _fail(1, error)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(2, error)
+    except Interrupted as error:
+        return _fail(130, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    return 0
+
+
+def _fail(code: int, message: object) -> int:
+    print(f"deepeq: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="deepeq", description="Deep equilibrium models.", version=__version__)
+    commands = parser.add_subcommands(dest="subcommand")
+
+    training = ArgumentParser(description="Train a language model; the last line of stdout is its result as JSON.")
+    add_run_arguments(training)
+    commands.add_subcommand("train", training, help="train a language model from a recipe")
+
+    evaluation = _run_parser("Evaluate the best checkpoint of a run; prints JSON.")
+    evaluation.add_argument("--split", choices=("train", "valid", "test"), default="test", help="text to evaluate on")
+    evaluation.add_argument("--batch_size", type=int, help="streams side by side (default: train.eval_batch_size)")
+    evaluation.add_argument("--segment_len", type=int, help="tokens a solve (default: train.segment_len)")
+    commands.add_subcommand("eval", evaluation, help="evaluate a run")
+
+    generation = _run_parser("Continue a prompt; prints the text as it is sampled.")
+    generation.add_argument("--prompt", type=str, required=True, help="text to continue")
+    generation.add_argument("--num_tokens", type=int, default=300, help="tokens to sample")
+    generation.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    generation.add_argument("--top_k", type=int, default=0, help="sample among the likeliest; 0 for all")
+    generation.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    commands.add_subcommand("generate", generation, help="continue a text")
+
+    commands.add_subcommand("plot", _run_parser("Draw the figures of a run; prints their paths."), help="draw figures")
+    return parser
+
+
+def _run_parser(description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--run", type=str, required=True, help="the run folder")
+    return parser
+
+
+def _train(arguments: Namespace) -> None:
+    print(json.dumps(train(run_config(arguments))))
+
+
+def _eval(arguments: Namespace) -> None:
+    config, vocabulary, model = RunFolder(Path(arguments.run)).load_model()
+    corpus = load_corpus(config.data)
+    if corpus.vocabulary != vocabulary:
+        raise ValueError(f"the text that {arguments.run} was trained on has changed; its vocabulary is another now")
+    stream = SegmentStream(
+        getattr(corpus, arguments.split),
+        batch_size=config.train.eval_batch_size if arguments.batch_size is None else arguments.batch_size,
+        segment_len=config.train.segment_len if arguments.segment_len is None else arguments.segment_len,
+    )
+    values = evaluate(model, stream)
+    print(json.dumps({"split": arguments.split} | quality(vocabulary.level, values["nll"]) | values))
+
+
+def _generate(arguments: Namespace) -> None:
+    config, vocabulary, model = RunFolder(Path(arguments.run)).load_model()
+    tokens = generate(
+        model,
+        vocabulary.encode(arguments.prompt),
+        num_tokens=arguments.num_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        segment_len=config.train.segment_len,
+        generator=torch.Generator().manual_seed(arguments.seed),
+    )
+    print(arguments.prompt, end="", flush=True)
+    glue = "" if vocabulary.level == "character" else " "
+    for token in tokens:
+        print(glue + vocabulary.decode([token]), end="", flush=True)
+    print()
+
+
+def _plot(arguments: Namespace) -> None:
+    for path in plot_run(Path(arguments.run)):
+        print(path)
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "generate": _generate, "plot": _plot}

@@ -1,0 +1,66 @@
+"""Attention with the relative positions of Transformer-XL (Dai et al. 2019, ACL, section 3.3 and appendix B).
+
+Letters: B batch, H heads, T queries, M memory, S = M + T keys, K channels of a head, D channels of the model.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+
+def sinusoidal_positions(num_positions: int, d_model: int, *, like: Tensor) -> Tensor:
+    """Encodings of the distances `num_positions - 1, ..., 1, 0`, `(S, D)`: sines, then cosines.
+
+    Raises:
+        ValueError: `d_model` is odd.
+    """
+    if d_model % 2:
+        raise ValueError(f"d_model={d_model!r} must be even: half of the position encoding is sines, half cosines")
+    distances = torch.arange(num_positions - 1, -1, -1, dtype=torch.float32, device=like.device)
+    frequencies = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float32, device=like.device) / d_model)
+    angles = torch.outer(distances, frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)  # (S, D)
+
+
+def causal_mask(num_queries: int, num_keys: int, *, like: Tensor) -> Tensor:
+    """Additive mask `(T, S)`: `-inf` where a key lies after its query. The queries are the last `num_queries` keys."""
+    mask = torch.full((num_queries, num_keys), -torch.inf, dtype=like.dtype, device=like.device)
+    return mask.triu(1 + num_keys - num_queries)
+
+
+def relative_shift(scores: Tensor) -> Tensor:
+    """Scores by distance `(B, H, T, S)` moved to scores by key: row `i` shifts left by `T - 1 - i`.
+
+    Column `s` of the argument belongs to the distance `S - 1 - s`. Entries after the query's own position are without
+    meaning, and have to be masked.
+    """
+    batch_size, num_heads, num_queries, num_keys = scores.shape
+    padded = pad(scores, (1, 0)).reshape(batch_size, num_heads, num_keys + 1, num_queries)
+    return padded[:, :, 1:].reshape(batch_size, num_heads, num_queries, num_keys)  # (B, H, T, S)
+
+
+def relative_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    position: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """Attention with logits `((q_i + u) . k_j + (q_i + v) . r_{i-j}) / sqrt(K)`, `(B, H, T, K)`.
+
+    Args:
+        query: `(B, H, T, K)`.
+        key: `(B, H, S, K)`.
+        value: `(B, H, S, K)`.
+        position: Keys `r` of the distances `S - 1 ... 0`, `(H, S, K)`.
+        content_bias: `u`, `(H, 1, K)`.
+        position_bias: `v`, `(H, 1, K)`.
+        mask: Additive, `(T, S)`.
+    """
+    scale = query.shape[-1] ** -0.5
+    by_distance = ((query + position_bias) * scale) @ position.mT  # (B, H, T, S)
+    bias = relative_shift(by_distance) + mask
+    return scaled_dot_product_attention(query + content_bias, key, value, attn_mask=bias)

@@ -1,0 +1,95 @@
+"""Measures of how contractive a map is at a point, and a penalty that makes it more so."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deepeq.norms import inner, two_norm
+from deepeq.packing import Packing
+
+
+def jacobian_penalty(
+    f: Callable[[Any], Any],
+    z: Any,
+    *,
+    form: Literal["hutchinson", "first_order"] = "first_order",
+    num_probes: int = 1,
+    step: float = 0.05,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Estimate of `||J||_F^2 / N` at `z`, averaged over the batch; a differentiable scalar. `J` is `df/dz`, `(N, N)`.
+
+    `hutchinson` averages `||J^T v||^2` over normal vectors `v`, which needs second derivatives of `f`. `first_order`
+    uses that `||J v||^2` has the same mean, and takes `J v` as `(f(z + h v) - f(z)) / h` with `h = step ||z|| /
+    ||v||`: ordinary backpropagation, about half the time, and any attention kernel will do.
+
+    Args:
+        f: The map, as in `fixed_point`.
+        z: A state, usually the equilibrium; it is detached, so that the penalty shapes `f` alone.
+        form: The estimator.
+        num_probes: Number of random vectors.
+        step: Length of the finite difference relative to `z`; 0.05 to 0.1 when `f` works in bfloat16.
+        generator: Source of the random vectors.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    References:
+        Bai, Koltun, Kolter (2021), Stabilizing equilibrium models by Jacobian regularization, ICML, eq. 8.
+    """
+    if form not in ("hutchinson", "first_order"):
+        raise ValueError(f"form={form!r} must be 'hutchinson' or 'first_order'")
+    if num_probes < 1 or not 0.0 < step < 1.0:
+        raise ValueError(f"num_probes={num_probes!r} must be >= 1 and step={step!r} must lie in (0, 1)")
+    packing = Packing(z)
+    point = packing.pack(z, "z").detach()
+    hutchinson = form == "hutchinson"
+    if hutchinson and torch.is_grad_enabled():
+        point = point.requires_grad_()
+    with torch.set_grad_enabled(hutchinson or torch.is_grad_enabled()):
+        if not point.requires_grad and hutchinson:
+            point = point.requires_grad_()
+        fz = packing.pack(f(packing.unpack(point)))
+        total = point.new_zeros(())
+        for _ in range(num_probes):
+            v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
+            if hutchinson:
+                (product,) = torch.autograd.grad(fz, point, v, create_graph=True, materialize_grads=True)
+            else:
+                h = step * (two_norm(point) / two_norm(v)).clamp_min(torch.finfo(point.dtype).tiny).unsqueeze(1)
+                product = (packing.pack(f(packing.unpack(point + h * v))) - fz) / h
+            total = total + inner(product, product).mean()
+    return total / (num_probes * max(1, point.shape[1]))
+
+
+def spectral_radius(
+    f: Callable[[Any], Any], z: Any, *, num_steps: int = 50, generator: torch.Generator | None = None
+) -> Tensor:
+    """Estimate of the spectral radius of `df/dz` at `z` for each sample, `(B,)`.
+
+    Power iteration on `J^T`; the estimate is the geometric mean growth `||J^T v|| / ||v||` over the second half of
+    the steps. A Rayleigh quotient would give 0 for a rotation; the growth of the norm gives its modulus. Above one,
+    plain iteration diverges from the equilibrium.
+
+    Raises:
+        ValueError: `num_steps` is below 2.
+    """
+    if num_steps < 2:
+        raise ValueError(f"num_steps={num_steps!r} must be a whole number >= 2")
+    packing = Packing(z)
+    with torch.enable_grad():
+        point = packing.pack(z, "z").detach().requires_grad_()
+        fz = packing.pack(f(packing.unpack(point)))
+    v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
+    v = v / two_norm(v).unsqueeze(1)
+    log_growth = point.new_zeros(point.shape[0])
+    counted = num_steps - num_steps // 2
+    for step in range(num_steps):
+        (v,) = torch.autograd.grad(fz, point, v, retain_graph=True, materialize_grads=True)
+        growth = two_norm(v)
+        v = v / growth.clamp_min(torch.finfo(v.dtype).tiny).unsqueeze(1)
+        if step >= num_steps - counted:
+            log_growth = log_growth + growth.log() / counted
+    return log_growth.exp()

@@ -1,0 +1,117 @@
+"""Checkpoints: one safetensors file each, written to a temporary name and renamed. Nothing is ever unpickled."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepeq.models import Memory
+
+FORMAT = "deepeq-checkpoint-1"
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    *,
+    progress: dict[str, Any],
+    optimizer: Optimizer | None = None,
+    memory: Memory | None = None,
+) -> None:
+    """Write all that a run needs to go on exactly where it was; an older file stays whole until this one is complete.
+
+    Args:
+        path: The file.
+        model: Its parameters are kept.
+        progress: What JSON can hold: step, time, best result.
+        optimizer: Its state is kept by parameter name; without it the file is for evaluation only.
+        memory: Memory of the training streams.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        for name, state in _states(model, optimizer).items():
+            tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+        tensors["random.cpu"] = torch.get_rng_state()
+    if memory is not None:
+        tensors |= {"memory.x": memory.x, "memory.z": memory.z}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "progress": json.dumps(progress)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: Optimizer | None = None
+) -> tuple[dict[str, Any], Memory | None]:
+    """Put a checkpoint into a model, and into its optimizer and the random state if one is given.
+
+    Returns:
+        The progress that was saved, and the memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, foreign, or of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; has the run saved a checkpoint yet?")
+    tensors, metadata = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this version of deepeq (format {metadata.get('format')!r})")
+    _load_model(path, model, _part(tensors, "model."))
+    if optimizer is not None:
+        if "random.cpu" not in tensors:
+            raise ValueError(f"{path} holds no optimizer state, so training cannot go on from it; use last.safetensors")
+        kept = _part(tensors, "optimizer.")
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = f"{names[parameter]}/"
+                state = {key: _place(value, parameter) for key, value in _part(kept, prefix).items()}
+                optimizer.state[parameter] = state
+        torch.set_rng_state(tensors["random.cpu"])
+    memory = Memory(tensors["memory.x"], tensors["memory.z"]) if "memory.x" in tensors else None
+    return json.loads(metadata["progress"]), memory
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or is no safetensors file ({error}); use another checkpoint") from error
+
+
+def _load_model(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
+    wanted = model.state_dict()
+    wrong = sorted(set(wanted) ^ set(saved)) or [n for n in wanted if wanted[n].shape != saved[n].shape]
+    if wrong:
+        raise ValueError(
+            f"{path} belongs to another model: {wrong[0]} differs (and {len(wrong) - 1} more); "
+            "use the configuration in its own run folder"
+        )
+    model.load_state_dict(saved)
+
+
+def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _place(value: Tensor, parameter: Tensor) -> Tensor:
+    # Adam's step counters stay on the CPU; its moments live beside their parameter.
+    return value.to(parameter.device) if value.shape == parameter.shape else value

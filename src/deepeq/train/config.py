@@ -1,0 +1,190 @@
+"""What a run is made of: one frozen dataclass a part, one YAML file a run."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from deepeq.data import DataConfig
+from deepeq.models import TransformerConfig
+from deepeq.solvers import GMRES, Anderson, Solver
+
+
+def _raise(owner: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(f"{owner}.{problem}" for problem in problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquilibriumConfig:
+    """How equilibria are found and differentiated while training, and how the training warms up."""
+
+    solver: Solver = field(default_factory=lambda: Anderson(rtol=1e-2, max_steps=12))
+    """Forward solver while training."""
+    backward: Solver = field(default_factory=lambda: GMRES(rtol=1e-1, max_steps=8))
+    """Solver of the backward fixed point."""
+    evaluation: Solver = field(default_factory=lambda: Anderson(rtol=1e-3, max_steps=30))
+    """Forward solver of evaluation and generation."""
+    warm_up_share: float = 0.2
+    """Share of the steps that train a shallow stack of the cell first (Bai et al. 2019, appendix E); in [0, 1)."""
+    warm_up_depth: int = 3
+    """Depth of that stack, in layers."""
+    jacobian_weight: float = 0.0
+    """Weight of `jacobian_penalty` in the loss, which keeps the equilibrium easy to find; 0 for none."""
+    jacobian_share: float = 0.5
+    """Share of the steps that pay for the penalty, evenly spread; in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0.0 <= self.warm_up_share < 1.0:
+            problems.append(f"warm_up_share={self.warm_up_share!r} must lie in [0, 1)")
+        if self.warm_up_depth < 1:
+            problems.append(f"warm_up_depth={self.warm_up_depth!r} must be >= 1")
+        if not self.jacobian_weight >= 0.0 or not 0.0 < self.jacobian_share <= 1.0:
+            problems.append(
+                f"jacobian_weight={self.jacobian_weight!r} must be >= 0 and jacobian_share={self.jacobian_share!r} "
+                "must lie in (0, 1]"
+            )
+        _raise("equilibrium", problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear rise and a cosine fall of the learning rate."""
+
+    lr: float = 2e-3
+    """Highest learning rate."""
+    min_lr_share: float = 0.05
+    """Share of `lr` at the last step."""
+    warm_up_steps: int = 50
+    """Optimizer steps of the linear rise."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the running mean of the gradient and of its square."""
+    weight_decay: float = 0.01
+    """Decay of matrices; vectors have none."""
+    max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this Euclidean norm."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.lr > 0.0:
+            problems.append(f"lr={self.lr!r} must be > 0")
+        if not 0.0 <= self.min_lr_share <= 1.0:
+            problems.append(f"min_lr_share={self.min_lr_share!r} must lie in [0, 1]")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            problems.append(f"betas={self.betas!r} must lie in [0, 1)")
+        if self.warm_up_steps < 0 or self.weight_decay < 0.0:
+            problems.append(f"warm_up_steps={self.warm_up_steps!r}, weight_decay={self.weight_decay!r} must be >= 0")
+        if not self.max_gradient_norm > 0.0:
+            problems.append(f"max_gradient_norm={self.max_gradient_norm!r} must be > 0")
+        _raise("optimizer", problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and rhythm of a run."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Contiguous streams of the corpus that are trained side by side."""
+    segment_len: int = 64
+    """Tokens of a stream in one step."""
+    eval_batch_size: int = 16
+    """Streams of the validation and test text."""
+    eval_every: int = 500
+    """Optimizer steps between two looks at the validation text."""
+    checkpoint_every: int = 500
+    """Optimizer steps between two checkpoints."""
+    log_every: int = 20
+    """Optimizer steps between two lines of metrics."""
+    seed: int = 0
+    """Seed of the first weights and of sampling."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the networks; solver algebra stays in float32."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            "steps",
+            "batch_size",
+            "segment_len",
+            "eval_batch_size",
+            "eval_every",
+            "checkpoint_every",
+            "log_every",
+        )
+        _raise("train", [f"{n}={getattr(self, n)!r} must be >= 1" for n in counts if getattr(self, n) < 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Where a run lives."""
+
+    name: str = "run"
+    """First part of the default folder's name."""
+    dir: str | None = None
+    """The run folder; default `runs/NAME-DATE-TIME`."""
+    resume: bool = False
+    """Go on from the checkpoint in the folder."""
+
+    def __post_init__(self) -> None:
+        if self.resume and self.dir is None:
+            raise ValueError("run.resume=True needs run.dir, the folder of the run to go on with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run; a recipe is this in YAML."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    equilibrium: EquilibriumConfig = field(default_factory=EquilibriumConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: FolderConfig = field(default_factory=FolderConfig)
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Give a parser `--config FILE` and an option for every field."""
+    parser.add_argument("--config", action="config", help="a recipe, or the config.yaml of an earlier run")
+    parser.add_class_arguments(RunConfig)
+
+
+def run_config(values: Namespace) -> RunConfig:
+    """The typed configuration from what a parser of `add_run_arguments` read and instantiated."""
+    return RunConfig(**{part.name: values[part.name] for part in fields(RunConfig)})
+
+
+def load_config(path: Path) -> RunConfig:
+    """The configuration that a run saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not describe a run.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; is {path.parent} the folder of a run?")
+    parser = ArgumentParser(exit_on_error=False)
+    add_run_arguments(parser)
+    try:
+        return run_config(parser.instantiate(parser.parse_args(["--config", str(path)])))
+    except Exception as error:  # the parsing library raises many kinds; all mean that the file is at fault
+        raise ValueError(f"{path} is not the configuration of a run: {' '.join(str(error).split())}") from error
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a configuration as YAML that `load_config` and `--config` read."""
+    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Solver):
+        arguments = {f.name: getattr(value, f.name) for f in fields(value)}
+        return {"class_path": f"deepeq.{type(value).__name__}", "init_args": arguments}
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return list(value) if isinstance(value, tuple) else value

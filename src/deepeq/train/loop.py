@@ -1,0 +1,307 @@
+"""The training loop."""
+
+import dataclasses
+import json
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from torch import Tensor
+
+from deepeq.adjoint import ImplicitAdjoint
+from deepeq.data import Corpus, SegmentStream, load_corpus, unigram_bits
+from deepeq.deq import DEQ, Unrolled
+from deepeq.models import LanguageModel, Memory, ModelOutput, nll
+from deepeq.solution import ConvergenceError, Solution
+from deepeq.stability import jacobian_penalty
+from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
+from deepeq.train.config import RunConfig, save_config
+from deepeq.train.display import Display
+from deepeq.train.evaluation import evaluate
+from deepeq.train.figures import plot_run
+from deepeq.train.folder import RunFolder
+from deepeq.train.generation import generate
+from deepeq.train.metrics import Averages, MetricsFile, quality
+from deepeq.train.optimizer import learning_rate, make_optimizer
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on: its loss or its gradient is not finite."""
+
+
+class Interrupted(Exception):
+    """A run was stopped by a signal, and has saved a checkpoint."""
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """The result of a run: trains, evaluates the best checkpoint on the test text, draws the figures, writes a sample.
+
+    Raises:
+        ValueError: the run folder is in use, or holds another run.
+        TrainingError: the loss or the gradient became non-finite; the parameters of the step before are untouched.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+    """
+    folder = _open_folder(config)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder.path)))
+    trainer = Trainer(config, folder)
+    trainer.fit()
+    return trainer.finish()
+
+
+def _open_folder(config: RunConfig) -> RunFolder:
+    name = f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(Path(config.run.dir) if config.run.dir is not None else Path("runs") / name)
+    if config.run.resume and not folder.last.exists():
+        raise ValueError(f"run.resume=True, but {folder.last} does not exist; start the run without it")
+    if not config.run.resume and folder.config.exists():
+        raise ValueError(
+            f"{folder.path} already holds a run; add --run.resume true to go on with it, or choose another --run.dir"
+        )
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Trainer:
+    """One run: a model, its optimizer, its place in the corpus."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
+        logger = TensorBoardLogger(root_dir=folder.path, name="", version="")
+        self.fabric = Fabric(
+            accelerator=config.train.accelerator, devices=1, precision=config.train.precision, loggers=logger
+        )
+        self.fabric.launch()
+        torch.manual_seed(config.train.seed)
+        self.corpus: Corpus = load_corpus(config.data)
+        self.stream = SegmentStream(
+            self.corpus.train, batch_size=config.train.batch_size, segment_len=config.train.segment_len
+        )
+        self.model = LanguageModel(len(self.corpus.vocabulary), config.model)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self._forward, self._wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
+
+        cell, equilibrium = self.model.cell, config.equilibrium
+        self._averages = Averages()
+        adjoint = ImplicitAdjoint(
+            solver=equilibrium.backward, callback=lambda solution: self._averages.add_solution("backward", solution)
+        )
+        self.warm_up = Unrolled(cell, equilibrium.warm_up_depth)
+        self.equilibrium = DEQ(cell, solver=equilibrium.solver, adjoint=adjoint)
+        self.evaluation = DEQ(cell, solver=equilibrium.evaluation)
+        self.warm_up_steps = math.ceil(equilibrium.warm_up_share * config.train.steps)
+
+        self.step, self.seconds, self.best_nll = 0, 0.0, math.inf
+        self.memory: Memory | None = None
+        if config.run.resume:
+            self._resume()
+        self._metrics = MetricsFile(folder.metrics, step=self.step)
+        save_config(config, folder.config)
+        self.corpus.vocabulary.save(folder.vocabulary)
+
+    def fit(self) -> None:
+        """Train to the last step."""
+        train, start = self.config.train, time.perf_counter() - self.seconds
+        with Display(train.steps, start=self.step) as self.display, _stop_on_signal() as stop:
+            self.display.say(self._headline())
+            since, tokens = time.perf_counter(), 0
+            while self.step < train.steps:
+                tokens += self._train_step()
+                self.step += 1
+                self.display.step(self.step)
+                if self.step % train.log_every == 0 or self.step == train.steps:
+                    self._log(tokens / (time.perf_counter() - since))
+                    since, tokens = time.perf_counter(), 0
+                self.seconds = time.perf_counter() - start
+                if self.step % train.eval_every == 0 or self.step == train.steps:
+                    before = time.perf_counter()
+                    self._validate()
+                    since += time.perf_counter() - before
+                self.seconds = time.perf_counter() - start
+                if self.step % train.checkpoint_every == 0 or self.step == train.steps or stop:
+                    self._save(self.folder.last, self.optimizer)
+                if stop and self.step < train.steps:
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {train.steps}; go on with: deepeq train --config "
+                        f"{self.folder.config} --run.resume true"
+                    )
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best checkpoint on the test text; write the figures, the sample and the result."""
+        load_checkpoint(self.folder.best, self.model)
+        self.model.core = self.evaluation
+        values = evaluate(self.model, self._evaluation_stream(self.corpus.test))
+        test = quality(self.corpus.vocabulary.level, values["nll"])
+        self._metrics.write("test", self.step, values | test)
+        self._write_sample()
+        plot_run(self.folder.path)
+        unigram = unigram_bits(self.corpus.train, self.corpus.test, len(self.corpus.vocabulary))
+        result = {f"test_{name}": value for name, value in test.items()}
+        result |= {f"unigram_{n}": v for n, v in quality(self.corpus.vocabulary.level, unigram * math.log(2)).items()}
+        result |= {
+            f"valid_{name}": value for name, value in quality(self.corpus.vocabulary.level, self.best_nll).items()
+        }
+        result |= {
+            "test_num_tokens": values["num_tokens"],
+            "test_forward_steps": values["forward_steps"],
+            "test_unconverged": values["forward_unconverged"],
+            "num_params": self.model.num_params,
+            "num_steps": self.step,
+            "train_seconds": round(self.seconds, 1),
+            "peak_memory_mb": round(_peak_memory_mb(self.fabric.device), 1),
+            "num_threads": torch.get_num_threads(),
+            "device": str(self.fabric.device),
+            "torch_version": torch.__version__,
+            "seed": self.config.train.seed,
+            "run_dir": str(self.folder.path),
+        }
+        self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
+        shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}
+        self.display.table(f"{self.corpus.name}: result", shown)
+        return result
+
+    def _train_step(self) -> int:
+        position = self.step % self.stream.num_segments
+        if position == 0:
+            self.memory = None
+        tokens, targets = (part.to(self.fabric.device) for part in self.stream.segment(position))
+        warm = self.step < self.warm_up_steps
+        self.model.core = self.warm_up if warm else self.equilibrium
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+        try:
+            output: ModelOutput = self._forward(tokens, self.memory)
+            loss = nll(output.logits, targets)
+            self._check_finite("loss", loss)
+            self._wrapped_optimizer.zero_grad()
+            self.fabric.backward(loss + self._jacobian_penalty(tokens, output.solution))
+        except ConvergenceError as error:
+            raise TrainingError(f"step {self.step + 1}: {error}") from error
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_gradient_norm)
+        self._check_finite("norm of the gradient", norm)
+        self._wrapped_optimizer.step()
+        self.memory = output.memory
+        self._averages.add("nll", loss, targets.numel())
+        self._averages.add("gradient_norm", norm)
+        self._averages.add_solution("forward", output.solution)
+        return targets.numel()
+
+    def _jacobian_penalty(self, tokens: Tensor, solution: Solution) -> Tensor | float:
+        weight, share = self.config.equilibrium.jacobian_weight, self.config.equilibrium.jacobian_share
+        # Spread over the steps without a random number, so that a resumed run takes the same ones.
+        if weight == 0.0 or math.floor((self.step + 1) * share) == math.floor(self.step * share):
+            return 0.0
+        with self.fabric.autocast():
+            injection = self.model.cell.inject(self.model.embed(tokens), self.memory)
+            penalty = jacobian_penalty(lambda z: self.model.cell(z, injection), solution.value)
+        self._averages.add("jacobian_penalty", penalty)
+        return weight * penalty
+
+    def _check_finite(self, what: str, value: Tensor) -> None:
+        if not bool(torch.isfinite(value)):
+            raise TrainingError(
+                f"step {self.step + 1}: the {what} is {float(value)}, and the optimizer was not run; lower "
+                f"optimizer.lr (now {self.config.optimizer.lr}), lengthen the warm-up, or go on from "
+                f"{self.folder.last} if it exists"
+            )
+
+    def _validate(self) -> None:
+        self.model.core = self.evaluation
+        values = evaluate(self.model, self._evaluation_stream(self.corpus.valid))
+        values |= quality(self.corpus.vocabulary.level, values["nll"])
+        self._metrics.write("valid", self.step, values | {"seconds": round(self.seconds, 2)})
+        self.fabric.log_dict({f"valid/{name}": value for name, value in values.items()}, step=self.step)
+        self.display.say(f"step {self.step}: validation {_describe(values)}")
+        if values["nll"] < self.best_nll:
+            self.best_nll = values["nll"]
+            self._save(self.folder.best)
+
+    def _log(self, tokens_per_second: float) -> None:
+        values = self._averages.compute()
+        values |= quality(self.corpus.vocabulary.level, values["nll"]) | {
+            "tokens_per_second": round(tokens_per_second, 1),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "warm_up": float(self.step <= self.warm_up_steps),
+        }
+        self._metrics.write("train", self.step, values | {"seconds": round(self.seconds, 2)})
+        self.fabric.log_dict({f"train/{name}": value for name, value in values.items()}, step=self.step)
+        self.display.metrics(self.step, _describe(values))
+        self._averages = Averages()
+
+    def _save(self, path: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+        progress = {"step": self.step, "seconds": self.seconds, "best_nll": self.best_nll}
+        memory = self.memory if optimizer is not None else None
+        save_checkpoint(path, self.model, progress=progress, optimizer=optimizer, memory=memory)
+
+    def _resume(self) -> None:
+        progress, memory = load_checkpoint(self.folder.last, self.model, self.optimizer)
+        self.step, self.seconds, self.best_nll = progress["step"], progress["seconds"], progress["best_nll"]
+        self.memory = memory and Memory(*(part.to(self.fabric.device) for part in memory))
+
+    def _evaluation_stream(self, ids: Tensor) -> SegmentStream:
+        train = self.config.train
+        return SegmentStream(ids, batch_size=train.eval_batch_size, segment_len=train.segment_len)
+
+    def _write_sample(self) -> None:
+        vocabulary = self.corpus.vocabulary
+        prompt = self.corpus.test[: self.config.train.segment_len]
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        tokens = list(generate(self.model, prompt, num_tokens=200, temperature=0.8, generator=generator))
+        text = f"{vocabulary.decode(prompt)}\n--- the model goes on: ---\n{vocabulary.decode(tokens)}\n"
+        self.folder.sample.write_text(text)
+
+    def _headline(self) -> str:
+        sizes = " / ".join(f"{len(part):,}" for part in (self.corpus.train, self.corpus.valid, self.corpus.test))
+        return (
+            f"{self.corpus.name}: {sizes} {self.corpus.vocabulary.level}s to train / validate / test, "
+            f"{len(self.corpus.vocabulary):,} types; {self.model.num_params:,} parameters on {self.fabric.device} "
+            f"({torch.get_num_threads()} threads); {self.folder.path}"
+        )
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM comes; a second one ends the process as usual."""
+    received: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, usual[signal.Signals(number)])
+
+    try:
+        for number in usual:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _describe(values: dict[str, Any]) -> str:
+    names = {"bits_per_character": "bits/character", "perplexity": "perplexity"}
+    parts = [f"{values[name]:.3f} {label}" for name, label in names.items() if name in values]
+    parts.insert(0, f"loss {values['nll']:.3f}")
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    for prefix in ("forward", "backward"):
+        if f"{prefix}_steps" in values and not values.get("warm_up"):
+            parts.append(
+                f"{prefix} {values[f'{prefix}_steps']:.1f} steps, residual {values[f'{prefix}_residual']:.0e}, "
+                f"{values[f'{prefix}_unconverged']:.0%} unconverged"
+            )
+    return "; ".join(parts)
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

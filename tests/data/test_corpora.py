@@ -1,0 +1,251 @@
+"""Corpora: what is read, how it is split, the unigram bound, and the sentences of the errors."""
+
+import math
+import os
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepeq.data import Corpus, DataConfig, load_corpus, unigram_bits
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def texts(corpus: Corpus) -> list[str]:
+    return [corpus.vocabulary.decode(ids) for ids in (corpus.train, corpus.valid, corpus.test)]
+
+
+def error_of(config: DataConfig, kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind) as caught:
+        load_corpus(config)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def penn_treebank() -> Corpus:
+    root = os.environ.get("DEEPEQ_DATA")
+    if not root or not (Path(root) / "ptb").is_dir():
+        pytest.skip("Penn Treebank is not here: DEEPEQ_DATA names no folder that holds ptb")
+    return load_corpus(DataConfig(corpus="penn_treebank", level="word"))
+
+
+def test_penn_treebank_has_the_published_counts(penn_treebank: Corpus):
+    assert penn_treebank.name == "penn_treebank"
+    assert len(penn_treebank.vocabulary) == 10_000
+    assert penn_treebank.train.shape == (929_589,)
+    assert penn_treebank.valid.shape == (73_760,)
+    assert penn_treebank.test.shape == (82_430,)
+
+
+def test_penn_treebank_has_its_own_unknown_word_and_line_ends(penn_treebank: Corpus):
+    assert penn_treebank.vocabulary.tokens[:5] == ("<eos>", "<unk>", "the", "N", "of")
+    counts = torch.bincount(penn_treebank.train)
+    assert counts[:2].tolist() == [42_068, 45_020]
+    assert counts[2:].diff().le(0).all()
+    opening = penn_treebank.vocabulary.decode(penn_treebank.valid[:20])
+    assert opening.startswith("consumers may want to move their telephones")
+
+
+def test_quickstart_is_the_sorted_language_reference_split_80_10_10():
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    corpus = load_corpus(DataConfig())
+    assert corpus.name == "pydoc"
+    assert [len(ids) for ids in (corpus.train, corpus.valid, corpus.test)] == pytest.approx(
+        [0.8 * len(text), 0.1 * len(text), 0.1 * len(text)], abs=1
+    )
+    train, valid, test = texts(corpus)
+    assert train == text[: len(train)]
+    # A later CPython may spell its last topics with characters that its first ones lack.
+    assert [a for a, b in zip(valid + test, text[len(train) :], strict=True) if a not in (b, "\ufffd")] == []
+
+
+def test_quickstart_unigram_bound_is_about_4_7_bits():
+    corpus = load_corpus(DataConfig())
+    bits = unigram_bits(corpus.train, corpus.test, len(corpus.vocabulary))
+    assert bits == pytest.approx(4.67, abs=0.05)
+
+
+def test_unigram_bits_of_a_case_worked_by_hand():
+    # Counts plus one are 3, 2, 1, 2 of 8.
+    train, test = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 2, 1])
+    expected = (math.log2(8 / 3) + 3 + 2) / 3
+    assert unigram_bits(train, test, 4) == pytest.approx(expected, abs=1e-12)
+
+
+def test_unigram_bits_without_training_are_those_of_the_uniform_distribution():
+    empty = torch.tensor([], dtype=torch.int64)
+    assert unigram_bits(empty, torch.tensor([5, 7, 7]), 8) == pytest.approx(3.0, abs=1e-12)
+
+
+def test_unigram_bits_refuses_ids_it_cannot_count():
+    ids = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"train_ids must lie in 0 \.\. 1 \(vocab_size - 1\), got 0 \.\. 2"):
+        unigram_bits(torch.tensor([0, 2]), ids, 2)
+    with pytest.raises(ValueError, match=r"test_ids must lie in 0 \.\. 1 .*, got -1 \.\. 0"):
+        unigram_bits(ids, torch.tensor([0, -1]), 2)
+    with pytest.raises(ValueError, match="test_ids must hold at least one id"):
+        unigram_bits(ids, ids[:0], 2)
+    with pytest.raises(ValueError, match=r"train_ids must be one-dimensional, got the shape \(1, 2\)"):
+        unigram_bits(ids[None], ids, 2)
+
+
+def test_files_are_joined_in_order_by_newlines_and_split_by_characters(tmp_path: Path):
+    first, second = write(tmp_path / "one.txt", "abcdefghij"), write(tmp_path / "two.txt", "klmnopqrs")
+    corpus = load_corpus(DataConfig(files=(second, first)))
+    assert corpus.name == "two.txt+one.txt"
+    # All twenty characters differ, so nothing outside the first sixteen is in the training vocabulary.
+    assert texts(corpus) == ["klmnopqrs\nabcdef", "\ufffd\ufffd", "\ufffd\ufffd"]
+    assert len(corpus.vocabulary) == 17
+
+
+def test_files_of_words_are_split_at_the_nearest_line_ends(tmp_path: Path):
+    lines = [f"word {index}\n" for index in range(10)]
+    # Of 72 characters, the cuts 57 and 64 fall into line 8, beside its start (56) and its end (65).
+    lines[8] = "a word 8\n"
+    text = "".join(lines)
+    corpus = load_corpus(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+    assert [len(ids) for ids in (corpus.train, corpus.valid, corpus.test)] == [24, 4, 3]
+    assert texts(corpus)[0] == "".join(lines[:8])
+
+
+def test_cut_moves_to_the_nearer_of_two_line_ends(tmp_path: Path):
+    early = "a" * 78 + "\n" + "b" * 9 + "\n" + "c c\n" + "d" * 3 + " d\n"
+    late = "a" * 70 + "\n" + "b" * 9 + "\n" + "c c c c c\n" + "d d d d d\n"
+    for text, length in ((early, 79), (late, 81)):
+        corpus = load_corpus(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+        assert len(texts(corpus)[0]) == length
+
+
+def test_cut_that_already_is_a_line_end_stays(tmp_path: Path):
+    text = "a b c d\n" * 8 + "a b\nc d\n" + "a\nb\nc d\n"
+    corpus = load_corpus(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+    assert texts(corpus) == ["a b c d\n" * 8, "a b\nc d\n", "a\nb\nc d\n"]
+
+
+def test_byte_order_mark_and_windows_line_ends_are_not_part_of_the_text(tmp_path: Path):
+    plain = write(tmp_path / "plain.txt", "ab\n" * 10)
+    windows = write(tmp_path / "windows.txt", b"\xef\xbb\xbf" + b"ab\r\n" * 10)
+    one, other = (load_corpus(DataConfig(files=(path,))) for path in (plain, windows))
+    assert one.vocabulary == other.vocabulary
+    assert torch.equal(one.train, other.train)
+
+
+def test_files_replace_the_named_corpus(tmp_path: Path):
+    file = write(tmp_path / "a.txt", "ab\n" * 10)
+    assert load_corpus(DataConfig(corpus="penn_treebank", files=(file,))).name == "a.txt"
+
+
+def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write(tmp_path / "a.txt", "ab\n" * 10)
+    assert load_corpus(DataConfig(files=("~/a.txt",))).train.shape == (24,)
+
+
+def test_missing_file_is_named(tmp_path: Path):
+    absent = tmp_path / "absent.txt"
+    files = (write(tmp_path / "a.txt", "ab\n" * 10), str(absent))
+    assert error_of(DataConfig(files=files), FileNotFoundError).startswith(f"{absent} is missing")
+    assert error_of(DataConfig(files=(str(tmp_path),)), FileNotFoundError).startswith(f"{tmp_path} is missing")
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n"])
+def test_empty_file_is_named(tmp_path: Path, content: str):
+    files = (write(tmp_path / "a.txt", "ab\n" * 10), write(tmp_path / "empty.txt", content))
+    assert error_of(DataConfig(files=files)).startswith(f"{files[1]} is empty")
+
+
+def test_file_that_is_not_utf8_is_named_with_its_first_wrong_byte(tmp_path: Path):
+    file = write(tmp_path / "latin.txt", "caf\u00e9".encode("latin-1"))
+    assert error_of(DataConfig(files=(file,))).startswith(f"{file} is not UTF-8 text (byte 3 is 0xe9)")
+
+
+@pytest.mark.parametrize("content", ["a", "abcdefghi"])
+def test_too_short_file_of_characters_is_named(tmp_path: Path, content: str):
+    file = write(tmp_path / "a.txt", content)
+    message = error_of(DataConfig(files=(file,)))
+    assert message.startswith(f"{file} is too short: its ")
+    assert "split needs 2 tokens at least" in message
+
+
+def test_file_of_words_on_one_line_is_too_short(tmp_path: Path):
+    file = write(tmp_path / "a.txt", "many words on one line\n")
+    message = error_of(DataConfig(files=(file,), level="word"))
+    assert "validation split needs 2 tokens at least, got 0; give a text of more lines" in message
+
+
+def test_missing_penn_treebank_says_where_it_was_sought_and_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = DataConfig(corpus="penn_treebank", level="word")
+    monkeypatch.setenv("DEEPEQ_DATA", str(tmp_path))
+    sought = error_of(config, FileNotFoundError)
+    assert str(tmp_path / "ptb") in sought
+    elsewhere = DataConfig(corpus="penn_treebank", level="word", folder=str(tmp_path / "elsewhere"))
+    named = error_of(elsewhere, FileNotFoundError)
+    assert str(tmp_path / "elsewhere") in named
+    monkeypatch.delenv("DEEPEQ_DATA")
+    unset = error_of(config, FileNotFoundError)
+    assert "no folder is named" in unset
+    for message in (sought, named, unset):
+        assert "--data.folder" in message
+        assert "DEEPEQ_DATA" in message
+
+
+def test_penn_treebank_is_read_from_the_folder_or_else_from_the_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DEEPEQ_DATA", str(tmp_path))
+    for folder, word in (("ptb", "default"), ("own", "given")):
+        (tmp_path / folder).mkdir()
+        for split, count in (("train", 3), ("valid", 1), ("test", 2)):
+            write(tmp_path / folder / f"{split}.txt", f" {word} {split} \n" * count)
+    by_default = load_corpus(DataConfig(corpus="penn_treebank", level="word"))
+    given = load_corpus(DataConfig(corpus="penn_treebank", level="word", folder=str(tmp_path / "own")))
+    assert texts(by_default) == ["default train\n" * 3, "default <unk>\n", "default <unk>\n" * 2]
+    assert texts(given)[0] == "given train\n" * 3
+    (tmp_path / "own" / "valid.txt").unlink()
+    config = DataConfig(corpus="penn_treebank", level="word", folder=str(tmp_path / "own"))
+    assert error_of(config, FileNotFoundError).startswith(str(tmp_path / "own" / "valid.txt"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"corpus": "enwik8"}, "data.corpus must be 'pydoc' or 'penn_treebank', got 'enwik8'"),
+        ({"level": "byte"}, "data.level must be 'character' or 'word', got 'byte'"),
+        ({"files": "a.txt"}, "data.files must be a tuple of paths as strings, got 'a.txt'"),
+        ({"files": ("a.txt", "")}, "data.files must be a tuple of paths as strings, got ('a.txt', '')"),
+        (
+            {"corpus": "penn_treebank", "level": "word", "folder": ""},
+            "data.folder must be a path as a string",
+        ),
+        ({"corpus": "penn_treebank"}, "data.level must be 'word' for the corpus 'penn_treebank'"),
+        (
+            {"folder": "ptb"},
+            "data.folder is read only for the corpus 'penn_treebank', got 'ptb' with 'pydoc'",
+        ),
+    ],
+)
+def test_wrong_field_is_named_at_construction(fields: dict, message: str):
+    with pytest.raises(ValueError, match="data") as caught:
+        DataConfig(**fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_all_wrong_fields_are_named_together():
+    with pytest.raises(ValueError, match=r"data\.corpus must be .*; data\.level must be .*; data\.files must be"):
+        DataConfig(corpus="x", level="y", files=[])  # pyright: ignore[reportArgumentType]
+
+
+def test_unknown_field_is_refused():
+    with pytest.raises(TypeError, match="lvel"):
+        DataConfig(lvel="word")  # pyright: ignore[reportCallIssue]
