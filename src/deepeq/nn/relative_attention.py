@@ -16,8 +16,9 @@ def sinusoidal_positions(num_positions: int, d_model: int, *, like: Tensor) -> T
     """
     if d_model % 2:
         raise ValueError(f"d_model={d_model!r} must be even: half of the position encoding is sines, half cosines")
-    distances = torch.arange(num_positions - 1, -1, -1, dtype=torch.float32, device=like.device)
-    frequencies = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float32, device=like.device) / d_model)
+    dtype = torch.promote_types(like.dtype, torch.float32)  # sixteen bits cannot count far
+    distances = torch.arange(num_positions - 1, -1, -1, dtype=dtype, device=like.device)
+    frequencies = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=dtype, device=like.device) / d_model)
     angles = torch.outer(distances, frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)  # (S, D)
 

@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from deepeq.data import DataConfig
 from deepeq.models import TransformerConfig
 from deepeq.solvers import GMRES, Anderson, Solver
+
+# A recipe may name the classes of this library and nothing else: a foreign one must not run code.
+set_parsing_settings(
+    import_path_denylist=["*"], import_path_allowlist=["deepeq"], docstring_parse_attribute_docstrings=True
+)
 
 
 def _raise(owner: str, problems: list[str]) -> None:

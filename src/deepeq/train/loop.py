@@ -66,7 +66,6 @@ def _open_folder(config: RunConfig) -> RunFolder:
         raise ValueError(
             f"{folder.path} already holds a run; add --run.resume true to go on with it, or choose another --run.dir"
         )
-    folder.path.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -75,6 +74,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
+        folder.path.mkdir(parents=True, exist_ok=True)
         logger = TensorBoardLogger(root_dir=folder.path, name="", version="")
         self.fabric = Fabric(
             accelerator=config.train.accelerator, devices=1, precision=config.train.precision, loggers=logger
@@ -208,7 +208,7 @@ class Trainer:
     def _check_finite(self, what: str, value: Tensor) -> None:
         if not bool(torch.isfinite(value)):
             raise TrainingError(
-                f"step {self.step + 1}: the {what} is {float(value)}, and the optimizer was not run; lower "
+                f"step {self.step + 1}: the {what} is {float(value.detach())}, and the optimizer was not run; lower "
                 f"optimizer.lr (now {self.config.optimizer.lr}), lengthen the warm-up, or go on from "
                 f"{self.folder.last} if it exists"
             )

@@ -1,0 +1,56 @@
+"""A tiny run on a small text, for everything that needs one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deepeq import GMRES, Anderson
+from deepeq.data import DataConfig
+from deepeq.models import TransformerConfig
+from deepeq.train.config import EquilibriumConfig, FolderConfig, OptimizerConfig, RunConfig, TrainConfig
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def config(text_file: Path, tmp_path: Path) -> RunConfig:
+    """Twelve steps of a very small model, four of them warm-up, in a fresh folder."""
+    return RunConfig(
+        data=DataConfig(files=(str(text_file),)),
+        model=TransformerConfig(d_model=16, num_heads=2, d_inner=32, memory_len=8),
+        equilibrium=EquilibriumConfig(
+            solver=Anderson(rtol=1e-2, max_steps=8),
+            backward=GMRES(rtol=1e-1, max_steps=6),
+            evaluation=Anderson(rtol=1e-3, max_steps=20),
+            warm_up_share=0.3,
+            jacobian_weight=0.1,
+        ),
+        optimizer=OptimizerConfig(lr=1e-2, warm_up_steps=2),
+        train=TrainConfig(
+            steps=12,
+            batch_size=4,
+            segment_len=8,
+            eval_batch_size=2,
+            eval_every=6,
+            checkpoint_every=5,
+            log_every=1,
+            accelerator="cpu",
+        ),
+        run=FolderConfig(dir=str(tmp_path / "run")),
+    )
+
+
+def with_train(config: RunConfig, **values: object) -> RunConfig:
+    return replace(config, train=replace(config.train, **values))  # pyright: ignore[reportArgumentType]
+
+
+def with_run(config: RunConfig, **values: object) -> RunConfig:
+    return replace(config, run=replace(config.run, **values))  # pyright: ignore[reportArgumentType]

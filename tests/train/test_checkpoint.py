@@ -1,0 +1,114 @@
+"""Checkpoints come back whole, or not at all."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepeq.models import LanguageModel, Memory, TransformerConfig, nll
+from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
+from deepeq.train.config import OptimizerConfig
+from deepeq.train.optimizer import make_optimizer
+
+
+def make_model(d_model: int = 8) -> LanguageModel:
+    return LanguageModel(7, TransformerConfig(d_model=d_model, num_heads=2, d_inner=8))
+
+
+def one_step(model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    tokens = torch.arange(12).reshape(2, 6) % 7
+    nll(model(tokens).logits, tokens.roll(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, LanguageModel, torch.optim.Optimizer]:
+    model = make_model()
+    optimizer = make_optimizer(model, OptimizerConfig())
+    one_step(model, optimizer)
+    path = tmp_path / "checkpoint" / "last.safetensors"
+    memory = Memory(torch.ones(2, 3, 8), torch.zeros(2, 3, 8))
+    save_checkpoint(path, model, progress={"step": 1}, optimizer=optimizer, memory=memory)
+    return path, model, optimizer
+
+
+def test_model_optimizer_memory_and_random_state_come_back(saved: tuple) -> None:
+    path, model, optimizer = saved
+    expected_random = torch.rand(3)
+    other = make_model()
+    other_optimizer = make_optimizer(other, OptimizerConfig())
+    progress, memory = load_checkpoint(path, other, other_optimizer)
+    assert progress == {"step": 1}
+    assert memory is not None
+    torch.testing.assert_close(memory.x, torch.ones(2, 3, 8))
+    torch.testing.assert_close(torch.rand(3), expected_random)
+    for _ in range(2):
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+        one_step(model, optimizer)
+        one_step(other, other_optimizer)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_checkpoint_cut_short_is_named(saved: tuple, share: float) -> None:
+    path, _, _ = saved
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match="last.safetensors is damaged"):
+        load_checkpoint(path, make_model())
+
+
+def test_pickle_is_never_loaded(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match="damaged or is no safetensors file"):
+        load_checkpoint(path, make_model())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_of_another_model_is_refused_and_changes_nothing(saved: tuple) -> None:
+    path, _, _ = saved
+    other = make_model(d_model=16)
+    before = other.embedding.clone()
+    with pytest.raises(ValueError, match="belongs to another model"):
+        load_checkpoint(path, other)
+    assert torch.equal(other.embedding, before)
+
+
+def test_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "last.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of this version"):
+        load_checkpoint(path, make_model())
+
+
+def test_checkpoint_without_optimizer_cannot_be_trained_on(tmp_path: Path) -> None:
+    model = make_model()
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(path, model, progress={})
+    load_checkpoint(path, make_model())
+    with pytest.raises(ValueError, match="holds no optimizer state"):
+        load_checkpoint(path, model, make_optimizer(model, OptimizerConfig()))
+
+
+def test_failed_write_leaves_the_previous_checkpoint_whole(saved: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, model, optimizer = saved
+    before = path.read_bytes()
+
+    def full_disk(*arguments: object, **options: object) -> None:
+        path.with_suffix(".tmp").write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deepeq.train.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, model, progress={"step": 2}, optimizer=optimizer)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["last.safetensors"]

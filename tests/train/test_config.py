@@ -1,0 +1,66 @@
+"""Configuration: YAML there and back, and every recipe."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deepeq import Broyden
+from deepeq.cli import main
+from deepeq.train.config import EquilibriumConfig, FolderConfig, OptimizerConfig, RunConfig, load_config, save_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_saved_configuration_reads_back_equal(config: RunConfig, tmp_path: Path) -> None:
+    solver = Broyden(rtol=0.0, atol=1e-3, history_size=7, line_search_steps=2)
+    config = replace(config, equilibrium=replace(config.equilibrium, solver=solver))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_describes_a_run_and_says_its_name(recipe: Path) -> None:
+    assert load_config(recipe).run.name == recipe.stem
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {learning_rate: 1}", "learning_rate"),
+        ("equilibrium: {solver: {class_path: deepeq.Anderson, init_args: {max_step: 3}}}", "max_step"),
+        ("equilibrium: {solver: {class_path: os.system, init_args: {command: 'touch hacked'}}}", "os.system"),
+        ("train: {steps: many}", "many"),
+        ("just words", "just words"),
+    ],
+)
+def test_mistake_in_a_recipe_is_named_and_exits_with_2(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match="recipe.yaml is not the configuration of a run"):
+        load_config(tmp_path / "recipe.yaml")
+    try:
+        code = main(["train", "--config", "recipe.yaml"])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_mistakes_of_one_part_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"optimizer.lr=0.0 must be > 0; optimizer.min_lr_share=2.0"):
+        OptimizerConfig(lr=0.0, min_lr_share=2.0)
+    with pytest.raises(ValueError, match=r"equilibrium.warm_up_share=1.0 .*; equilibrium.warm_up_depth=0"):
+        EquilibriumConfig(warm_up_share=1.0, warm_up_depth=0)
+    with pytest.raises(ValueError, match=r"run.resume=True needs run.dir"):
+        FolderConfig(resume=True)

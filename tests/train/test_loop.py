@@ -1,0 +1,244 @@
+"""The training loop: what it writes, how it stops, how it goes on."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepeq.cli import main
+from deepeq.models import LanguageModel
+from deepeq.train import Interrupted, RunConfig, RunFolder, Trainer, TrainingError, evaluate, generate, plot_run, train
+from deepeq.train.metrics import read_metrics
+from tests.train.conftest import with_run, with_train
+
+
+def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
+    return [(row["step"], row["nll"]) for row in read_metrics(folder / "metrics.jsonl") if row["split"] == split]
+
+
+def test_run_learns_and_writes_what_it_promises(config: RunConfig) -> None:
+    config = with_train(config, steps=200, eval_every=100)
+    result = train(config)
+    folder = RunFolder(Path(result["run_dir"]))
+    assert result["test_bits_per_character"] < result["unigram_bits_per_character"] - 0.5
+    assert result["num_steps"] == 200
+    assert result["num_params"] == folder.load_model()[2].num_params
+    assert json.loads(folder.result.read_text()) == result
+    for path in (folder.config, folder.vocabulary, folder.metrics, folder.best, folder.last, folder.sample):
+        assert path.stat().st_size > 0
+    assert {path.stem for path in folder.figures.iterdir()} == {"loss", "steps", "convergence"}
+    assert list(folder.path.glob("events.out.tfevents*"))
+    rows = read_metrics(folder.metrics)
+    warm = [row for row in rows if row["split"] == "train" and row["warm_up"]]
+    rest = [row for row in rows if row["split"] == "train" and not row["warm_up"]]
+    assert [row["step"] for row in warm] == list(range(1, 61))
+    assert {row["forward_steps"] for row in warm} == {3.0}
+    assert all("backward_steps" not in row for row in warm)
+    for row in rest:
+        assert 1 <= row["backward_steps"] <= 6
+        assert 0 <= row["forward_unconverged"] <= 1
+        assert row["tokens_per_second"] > 0
+    assert sum("jacobian_penalty" in row for row in rest) == 70
+
+
+def test_resumed_run_has_the_losses_of_an_uninterrupted_one(config: RunConfig, tmp_path: Path) -> None:
+    train(with_run(config, dir=str(tmp_path / "whole")))
+    halves = with_run(config, dir=str(tmp_path / "halves"))
+    trainer = Trainer(halves, RunFolder(Path(halves.run.dir or "")))
+    original, count = trainer._train_step, iter(range(1, 100))
+
+    def killed_after_seven_steps() -> int:
+        if next(count) == 8:
+            raise KeyboardInterrupt
+        return original()
+
+    trainer._train_step = killed_after_seven_steps
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert [step for step, _ in losses(tmp_path / "halves")][-1] == 7
+    train(with_run(halves, resume=True))  # from the checkpoint of step 5
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "halves", "test") == losses(tmp_path / "whole", "test")
+
+
+def test_ctrl_c_finishes_the_step_and_saves(config: RunConfig) -> None:
+    trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
+    original = trainer._train_step
+
+    def interrupted_in_the_third_step() -> int:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original()
+
+    trainer._train_step = interrupted_in_the_third_step
+    with pytest.raises(Interrupted, match="stopped at step 3 of 12; go on with: deepeq train --config"):
+        trainer.fit()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer(with_run(config, resume=True), trainer.folder)
+    assert resumed.step == 3
+    resumed.fit()
+    assert [step for step, _ in losses(trainer.folder.path)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "equilibrium"])
+def test_non_finite_value_stops_before_the_optimizer(
+    config: RunConfig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
+    trainer.warm_up_steps = 0
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    if where == "loss":
+        monkeypatch.setattr("deepeq.train.loop.nll", lambda logits, targets: logits.sum() * math.nan)
+    elif where == "gradient":
+        trainer.model.embedding.register_hook(lambda gradient: gradient * math.inf)
+    else:
+        trainer.model.cell.register_forward_hook(lambda cell, arguments, z: z * math.nan)
+    with pytest.raises(TrainingError, match=r"step 1: .*(nan|inf|non-finite)"):
+        trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert not trainer.folder.last.exists()
+
+
+def test_folder_in_use_and_missing_checkpoint_are_refused(config: RunConfig) -> None:
+    train(with_train(config, steps=1))
+    with pytest.raises(ValueError, match="already holds a run; add --run.resume true"):
+        train(config)
+    with pytest.raises(ValueError, match="does not exist; start the run without it"):
+        train(with_run(config, resume=True, dir=str(Path(config.run.dir or "") / "elsewhere")))
+
+
+def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_path: Path) -> None:
+    solver, backward = config.equilibrium.solver, config.equilibrium.backward
+    variants = {
+        "base": {},
+        "solver": {"solver": replace(solver, max_steps=3)},
+        "backward": {"backward": replace(backward, max_steps=2)},
+        "warm_up_share": {"warm_up_share": 0.0},
+        "warm_up_depth": {"warm_up_depth": 2},
+        "jacobian_weight": {"jacobian_weight": 0.0},
+        "jacobian_share": {"jacobian_share": 1.0},
+    }
+    seen = {}
+    for name, values in variants.items():
+        variant = replace(config, equilibrium=replace(config.equilibrium, **values))
+        folder = tmp_path / name
+        Trainer(with_run(variant, dir=str(folder)), RunFolder(folder)).fit()
+        seen[name] = losses(folder)[-1][1]
+    assert len(set(seen.values())) == len(seen), seen
+
+
+def test_bfloat16_training_stays_close_to_float32(config: RunConfig, tmp_path: Path) -> None:
+    final = {}
+    for precision in ("32-true", "bf16-mixed"):
+        folder = tmp_path / precision
+        Trainer(with_run(with_train(config, precision=precision), dir=str(folder)), RunFolder(folder)).fit()
+        final[precision] = losses(folder)[-1][1]
+    assert final["bf16-mixed"] != final["32-true"]
+    assert final["bf16-mixed"] == pytest.approx(final["32-true"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """The folder of a finished run, for the commands that only read it."""
+    path = tmp_path_factory.mktemp("finished")
+    (path / "recipe.yaml").write_text(
+        f"data: {{files: ['{text_file}']}}\n"
+        "model: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 8}\n"
+        "train: {steps: 30, batch_size: 4, segment_len: 8, eval_batch_size: 2, log_every: 5, accelerator: cpu}\n"
+    )
+    assert main(["train", "--config", str(path / "recipe.yaml"), "--run.dir", str(path / "run")]) == 0
+    return path / "run"
+
+
+def test_eval_agrees_with_the_result_of_training(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--run", str(finished), "--split", "test"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    result = json.loads((finished / "result.json").read_text())
+    assert values["bits_per_character"] == pytest.approx(result["test_bits_per_character"], rel=1e-6)
+    assert values["num_tokens"] == result["test_num_tokens"]
+    assert main(["eval", "--run", str(finished), "--split", "valid", "--batch_size", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["split"] == "valid"
+
+
+def test_generate_continues_the_prompt_and_repeats_with_a_seed(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        command = ["generate", "--run", str(finished), "--prompt", "the quick", "--num_tokens", "40", "--seed", seed]
+        assert main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("the quick")
+    assert len(texts[0]) == len("the quick") + 40 + 1
+
+
+def test_plot_draws_the_three_figures(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (finished / "figures").iterdir():
+        path.unlink()
+    assert main(["plot", "--run", str(finished)]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(path.name for path in written) == ["convergence.png", "loss.png", "steps.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize("command", ["eval", "plot", "generate"])
+def test_folder_without_a_run_exits_with_2_and_one_sentence(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--prompt", "a"] if command == "generate" else []
+    assert main([command, "--run", str(tmp_path / "nowhere"), *extra]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert "nowhere" in captured.err
+
+
+def test_changed_text_is_noticed_before_evaluation(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("abcdefgh " * 200)
+    config = replace(config, data=replace(config.data, files=(str(own),)))
+    train(with_train(config, steps=1))
+    own.write_text("ABCDEFGH " * 200)
+    assert main(["eval", "--run", str(config.run.dir)]) == 2
+    assert "has changed" in capsys.readouterr().err
+
+
+def test_generation_checks_its_arguments_and_greedy_takes_the_likeliest(config: RunConfig) -> None:
+    model = LanguageModel(7, config.model).eval()
+    prompt = torch.tensor([1, 2, 3])
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate(model, prompt[:0], num_tokens=1)
+    with pytest.raises(ValueError, match="temperature=-1.0"):
+        generate(model, prompt, num_tokens=1, temperature=-1.0)
+    greedy = list(generate(model, prompt, num_tokens=3, temperature=0.0))
+    assert greedy == list(generate(model, prompt, num_tokens=3, top_k=1))
+    with torch.no_grad():
+        assert greedy[0] == int(model(prompt.unsqueeze(0)).logits[0, -1].argmax())
+
+
+def test_plot_without_measurements_says_so(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no line of training yet"):
+        plot_run(tmp_path)
+
+
+def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
+    trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
+    stream = trainer._evaluation_stream(trainer.corpus.valid)
+    lengths = {targets.shape[1] for _, targets in stream}
+    assert len(lengths) == 2  # the last segment is shorter
+    values, memory, total = evaluate(trainer.model, stream), None, 0.0
+    for tokens, targets in stream:
+        logits, memory, _ = trainer.model(tokens, memory)
+        picked = logits.log_softmax(dim=-1).gather(2, targets.unsqueeze(2))
+        total -= float(picked.sum().detach())
+    assert values["num_tokens"] == sum(targets.numel() for _, targets in stream)
+    assert values["nll"] == pytest.approx(total / values["num_tokens"], rel=1e-5)
