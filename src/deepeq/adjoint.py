@@ -3,15 +3,17 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint as recompute
 
-from deepeq.iterate import Map, iterate
+from deepeq.iterate import Map, in_current_autocast, iterate
 from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
 from deepeq.solvers import GMRES, Solver
 
@@ -49,7 +51,8 @@ class ImplicitAdjoint(Adjoint):
     """
 
     solver: Solver = field(default_factory=GMRES)
-    """Solver of the backward fixed point."""
+    """Solver of the backward fixed point. Its `atol` is in units of the largest component of a sample's `dl/dz*`; under
+    autocast its `rtol` is taken as at least twice the rounding of the 16-bit type, which products cannot go below."""
     callback: Callable[[Solution], None] | None = None
     """Receives the backward Solution (its value `u` packed as `(B, N)`); without it, a solve that stops short warns."""
     checkpoint: bool = False
@@ -64,10 +67,21 @@ class ImplicitAdjoint(Adjoint):
             raise ValueError("checkpoint=True keeps no graph to differentiate twice; set twice_differentiable=False")
 
     def solve(self, f: Map, z0: Tensor, solver: Solver) -> Solution:
-        return _attach(f, _search(f, z0, solver), self._adjoint_solve, self.checkpoint, self.twice_differentiable)
+        backward, device_type = self.solver, z0.device.type
+        if torch.is_autocast_enabled(device_type):
+            floor = 2.0 * torch.finfo(torch.get_autocast_dtype(device_type)).eps
+            backward = replace(backward, rtol=max(backward.rtol, floor))
+        adjoint_solve = partial(self._adjoint_solve, backward)
+        return _attach(f, _search(f, z0, solver), adjoint_solve, self.checkpoint, self.twice_differentiable)
 
-    def _adjoint_solve(self, product: Map, v: Tensor) -> Tensor:
-        solution = iterate(lambda u: product(u) + v, self.solver, torch.zeros_like(v), f_z0=v)
+    def _adjoint_solve(self, solver: Solver, product: Map, v: Tensor) -> Tensor:
+        # The equation is linear: solved for v of size one, it does not lose small or large gradients to the range of
+        # float32, and its tolerances do not depend on the scale of the loss.
+        scale = v.abs().amax(dim=1, keepdim=True) if v.numel() else v.new_ones(v.shape[0], 1)
+        scale = torch.where(scale > 0, scale, 1.0)
+        v = v / scale
+        solution = iterate(lambda u: product(u) + v, solver, torch.zeros_like(v), f_z0=v)
+        solution = solution._replace(value=solution.value * scale)
         if solution.result is Result.NONFINITE:
             raise ConvergenceError(
                 f"backward pass, product {first_nonfinite(solution)}: {solution.result.value}", solution
@@ -77,7 +91,8 @@ class ImplicitAdjoint(Adjoint):
         elif solution.result is Result.MAX_STEPS:
             warnings.warn(
                 "the backward solve of ImplicitAdjoint stopped at its step limit, so gradients are less exact than its "
-                "rtol says; raise max_steps, loosen rtol, or give a callback that looks at the residual",
+                "rtol says; raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits), or give a callback that "
+                "looks at the residual",
                 ConvergenceWarning,
                 stacklevel=2,
             )
@@ -158,6 +173,10 @@ class BackpropAdjoint(Adjoint):
 def _search(f: Map, z0: Tensor, solver: Solver) -> Solution:
     with torch.no_grad():
         solution = iterate(f, solver, z0.detach())
+    if forward_ad.unpack_dual(solution.value).tangent is not None:
+        raise NotImplementedError(
+            "forward-mode derivatives of an equilibrium are supported by BackpropAdjoint only; use reverse mode"
+        )
     if torch.is_autocast_enabled(z0.device.type):
         # Casts of parameters that autocast cached just now carry no graph; reused outside, they would lose gradients.
         torch.clear_autocast_cache()
@@ -179,7 +198,7 @@ def _attach(
     solution = solution._replace(value=z.detach(), num_evals=solution.num_evals + 1)
     if not _needs_gradient(fz, z):
         return solution
-    rule = _Rule(adjoint_solve, f if checkpoint else None)
+    rule = _Rule(adjoint_solve, in_current_autocast(f, z.device.type) if checkpoint else None)
     if not twice:
         return solution._replace(value=_Equilibrium.apply(fz, z, rule))
     # The first value has right first derivatives only. Evaluating f there connects z* to its own dependence on the
@@ -221,8 +240,13 @@ class _Equilibrium(torch.autograd.Function):
             )
         if rule.evaluate is not None:
             with torch.enable_grad():
-                z = z.detach().requires_grad_()
+                z, before = z.detach().requires_grad_(), fz.detach()
                 fz = rule.evaluate(z)
+            if not torch.allclose(fz, before, rtol=1e-4, atol=1e-5 * float(before.abs().max())):
+                raise RuntimeError(
+                    "f changed between the forward and the backward pass (a parameter updated, a mask drawn anew), so "
+                    "ImplicitAdjoint(checkpoint=True) cannot evaluate it again; run backward before changing anything"
+                )
         with torch.no_grad():
             u = rule.solve(lambda u: _product(fz, z, u), v.detach())
         if twice:
@@ -247,15 +271,16 @@ class _WithGradientOf(torch.autograd.Function):
 
 def _product(fz: Tensor, z: Tensor, u: Tensor) -> Tensor:
     """`J^T u` with `J = df/dz`, from the graph of `f(z)`; itself differentiable where gradients are enabled."""
-    (gradient,) = torch.autograd.grad(
-        fz,
-        z,
-        u,
-        retain_graph=True,
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    create = torch.is_grad_enabled()
+    try:
+        (gradient,) = torch.autograd.grad(fz, z, u, retain_graph=True, create_graph=create, materialize_grads=True)
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise RuntimeError(
+            "f was compiled for a single backward pass, but a backward solve makes many; set "
+            "torch._functorch.config.donated_buffer = False before the compiled f runs for the first time"
+        ) from error
     return gradient
 
 
@@ -276,7 +301,7 @@ def _needs_gradient(fz: Tensor, z: Tensor) -> bool:
 
 def first_nonfinite(solution: Solution) -> int:
     """The step, counted from one, at which the first sample broke."""
-    return 1 + int((~torch.isfinite(solution.trace)).any(dim=1).int().argmax())
+    return 1 + int(torch.isnan(solution.trace).any(dim=1).int().argmax())
 
 
 def _check_positive(name: str, value: int, owner: object) -> None:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from deepeq.adjoint import Adjoint, ImplicitAdjoint
+from deepeq.adjoint import Adjoint
 from deepeq.norms import ratio, two_norm
 from deepeq.packing import Packing
 from deepeq.solution import Result, Solution
-from deepeq.solve import fixed_point
-from deepeq.solvers import Broyden, Solver
+from deepeq.solve import check_rules, fixed_point
+from deepeq.solvers import Solver
 
 
 @runtime_checkable
@@ -67,7 +67,8 @@ class DEQ(_TiedLayer):
         throw: bool = False,
     ) -> None:
         super().__init__(cell)
-        self.solver, self.adjoint, self.throw = solver or Broyden(), adjoint or ImplicitAdjoint(), throw
+        self.solver, self.adjoint = check_rules(solver, adjoint)
+        self.throw = throw
 
     def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
         injection, z0 = self._prepare(x, z0, memory)

@@ -34,7 +34,7 @@ def iterate(
         A Solution with a `(B, N)` value.
     """
     check_every = check_every or (1 if z0.device.type == "cpu" else 4)
-    f = _outside_autocast(f, z0.device.type)
+    f = in_current_autocast(f, z0.device.type)
     batch_size = z0.shape[0]
     done = torch.zeros(batch_size, dtype=torch.bool, device=z0.device)
     best = torch.full((batch_size,), torch.inf, dtype=z0.dtype, device=z0.device)
@@ -55,11 +55,12 @@ def iterate(
                 better = ~done & (error <= best)
                 best = torch.where(better, error, best)
                 residual = torch.where(better, ratio(distance, scale), residual)
-                trace.append(torch.where(done, trace[-1], ratio(distance, scale)) if trace else ratio(distance, scale))
+                relative = ratio(distance, scale).masked_fill(broken, torch.nan)
+                trace.append(torch.where(done, trace[-1], relative) if trace else relative)
                 num_steps += ~done
                 done = done | (error <= 1.0) | broken
             value = torch.where(better.unsqueeze(1), z, value)
-            if step + 1 == solver.max_steps or ((step + 1) % check_every == 0 and bool(done.all())):
+            if step + 1 == solver.max_steps or ((step + 1) % check_every == 0 and bool(done.all() | broken.any())):
                 break
             z_next, state = solver.step(z, fz, state)
             z = torch.where(done.unsqueeze(1), z, z_next)
@@ -70,8 +71,8 @@ def iterate(
     return Solution(value, residual, converged, num_steps, num_evals, result, torch.stack(trace))
 
 
-def _outside_autocast(f: Map, device_type: str) -> Map:
-    """`f` under the caller's autocast setting, so that the solver's own algebra can run without it."""
+def in_current_autocast(f: Map, device_type: str) -> Map:
+    """`f` under the autocast setting of now, wherever it is called: solver algebra runs without autocast."""
     if not torch.is_autocast_enabled(device_type):
         return f
     dtype, cache = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()

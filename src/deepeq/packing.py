@@ -30,6 +30,7 @@ class Packing:
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(f"z0 must hold real floating-point tensors, not {kind}; convert it with .float()")
+        self._skeleton = pytree.tree_unflatten([None] * len(leaves), self.structure)
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         batch_sizes = {shape[0] if shape else 1 for shape in self.shapes}
@@ -51,7 +52,7 @@ class Packing:
             ValueError: the structure or a shape differs from that of `z0`.
             TypeError: a part is not a floating-point tensor.
         """
-        leaves, structure = pytree.tree_flatten(state)
+        leaves, structure = pytree.tree_flatten(_in_order_of(self._skeleton, state))
         if structure != self.structure or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise ValueError(
                 f"{source} returned a state of another structure than z0; return {self._describe()}, got {type(state)}"
@@ -80,3 +81,12 @@ class Packing:
     def _describe(self) -> str:
         shapes = [tuple(shape) for shape in self.shapes]
         return f"a tensor of shape {shapes[0]}" if len(shapes) == 1 else f"the structure of z0 with shapes {shapes}"
+
+
+def _in_order_of(skeleton: Any, state: Any) -> Any:
+    """The state with its mappings in the order of the skeleton's keys: equal mappings may be written in any order."""
+    if isinstance(skeleton, dict) and isinstance(state, dict) and skeleton.keys() == state.keys():
+        return {key: _in_order_of(part, state[key]) for key, part in skeleton.items()}
+    if type(skeleton) is type(state) and type(skeleton) in (tuple, list) and len(skeleton) == len(state):
+        return type(skeleton)(_in_order_of(a, b) for a, b in zip(skeleton, state, strict=True))
+    return state

@@ -21,7 +21,8 @@ def fixed_point(
 ) -> Solution:
     """The equilibrium `z* = f(z*)`, found from `z0`, sample by sample.
 
-    Costs at most `solver.max_steps` evaluations of `f`, and one more with a graph if gradients are enabled.
+    Costs at most `solver.max_steps` evaluations of `f`, and one more with a graph if gradients are enabled. States of
+    16 bits are iterated in float32, and rounded for `f` and in the result; `residual` is that before the rounding.
 
     Args:
         f: Map of a state to a state of the same structure and shapes, pure in its argument. It may close over any
@@ -67,6 +68,21 @@ def root_find(
     return _solve(g, z0, "g", torch.add, solver, adjoint, throw)
 
 
+def check_rules(solver: Solver | None, adjoint: Adjoint | None) -> tuple[Solver, Adjoint]:
+    """The solver and the adjoint, or the defaults for None.
+
+    Raises:
+        TypeError: one of them is something else.
+    """
+    solver = Broyden() if solver is None else solver
+    adjoint = ImplicitAdjoint() if adjoint is None else adjoint
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver={solver!r} must be a Solver, such as Broyden(rtol=1e-3)")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint={adjoint!r} must be an Adjoint, such as ImplicitAdjoint()")
+    return solver, adjoint
+
+
 def _solve(
     function: Callable[[Any], Any],
     z0: Any,
@@ -76,11 +92,7 @@ def _solve(
     adjoint: Adjoint | None,
     throw: bool,
 ) -> Solution:
-    solver, adjoint = solver or Broyden(), adjoint or ImplicitAdjoint()
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver={solver!r} must be a Solver, such as Broyden(rtol=1e-3)")
-    if not isinstance(adjoint, Adjoint):
-        raise TypeError(f"adjoint={adjoint!r} must be an Adjoint, such as ImplicitAdjoint()")
+    solver, adjoint = check_rules(solver, adjoint)
     packing = Packing(z0)
 
     def packed(flat: torch.Tensor) -> torch.Tensor:

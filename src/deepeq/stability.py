@@ -41,26 +41,23 @@ def jacobian_penalty(
     """
     if form not in ("hutchinson", "first_order"):
         raise ValueError(f"form={form!r} must be 'hutchinson' or 'first_order'")
-    if num_probes < 1 or not 0.0 < step < 1.0:
-        raise ValueError(f"num_probes={num_probes!r} must be >= 1 and step={step!r} must lie in (0, 1)")
+    if not isinstance(num_probes, int) or num_probes < 1 or not 0.0 < step < 1.0:
+        raise ValueError(f"num_probes={num_probes!r} must be a whole number >= 1 and step={step!r} lie in (0, 1)")
     packing = Packing(z)
     point = packing.pack(z, "z").detach()
-    hutchinson = form == "hutchinson"
-    if hutchinson and torch.is_grad_enabled():
-        point = point.requires_grad_()
-    with torch.set_grad_enabled(hutchinson or torch.is_grad_enabled()):
-        if not point.requires_grad and hutchinson:
-            point = point.requires_grad_()
-        fz = packing.pack(f(packing.unpack(point)))
-        total = point.new_zeros(())
-        for _ in range(num_probes):
-            v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
-            if hutchinson:
-                (product,) = torch.autograd.grad(fz, point, v, create_graph=True, materialize_grads=True)
-            else:
-                h = step * (two_norm(point) / two_norm(v)).clamp_min(torch.finfo(point.dtype).tiny).unsqueeze(1)
-                product = (packing.pack(f(packing.unpack(point + h * v))) - fz) / h
-            total = total + inner(product, product).mean()
+    mapped = _packed(f, packing)
+    total, products = point.new_zeros(()), _product(mapped, point) if form == "hutchinson" else None
+    fz = mapped(point) if products is None else point
+    for _ in range(num_probes):
+        v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
+        if products is not None:
+            column = products(v, torch.is_grad_enabled())
+        else:
+            size = two_norm(point)
+            size = torch.where(size > 0, size, point.shape[1] ** 0.5)  # at the origin: one a component
+            h = (step * size / two_norm(v)).unsqueeze(1)
+            column = (mapped(point + h * v) - fz) / h
+        total = total + inner(column, column).mean()
     return total / (num_probes * max(1, point.shape[1]))
 
 
@@ -79,17 +76,39 @@ def spectral_radius(
     if num_steps < 2:
         raise ValueError(f"num_steps={num_steps!r} must be a whole number >= 2")
     packing = Packing(z)
-    with torch.enable_grad():
-        point = packing.pack(z, "z").detach().requires_grad_()
-        fz = packing.pack(f(packing.unpack(point)))
+    point = packing.pack(z, "z").detach()
+    product = _product(_packed(f, packing), point)
     v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
     v = v / two_norm(v).unsqueeze(1)
     log_growth = point.new_zeros(point.shape[0])
     counted = num_steps - num_steps // 2
     for step in range(num_steps):
-        (v,) = torch.autograd.grad(fz, point, v, retain_graph=True, materialize_grads=True)
+        v = product(v, False)
         growth = two_norm(v)
         v = v / growth.clamp_min(torch.finfo(v.dtype).tiny).unsqueeze(1)
         if step >= num_steps - counted:
             log_growth = log_growth + growth.log() / counted
     return log_growth.exp()
+
+
+def _packed(f: Callable[[Any], Any], packing: Packing) -> Callable[[Tensor], Tensor]:
+    return lambda flat: packing.pack(f(packing.unpack(flat)))
+
+
+def _product(f: Callable[[Tensor], Tensor], point: Tensor) -> Callable[[Tensor, bool], Tensor]:
+    """`v, create_graph -> J^T v` at a point, from one graph of `f`."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Jacobian products need gradients; call this outside torch.inference_mode()")
+    with torch.enable_grad():
+        point = point.requires_grad_()
+        fz = f(point)
+
+    def product(v: Tensor, create_graph: bool) -> Tensor:
+        if not fz.requires_grad:  # f is constant
+            return torch.zeros_like(v)
+        (value,) = torch.autograd.grad(
+            fz, point, v, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )
+        return value
+
+    return product

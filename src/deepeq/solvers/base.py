@@ -36,9 +36,9 @@ class Solver(ABC):
             )
         self._check_count("max_steps", self.max_steps)
 
-    def _check_count(self, name: str, value: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} of {type(self).__name__} must be a whole number >= 1")
+    def _check_count(self, name: str, value: int, *, least: int = 1) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} of {type(self).__name__} must be a whole number >= {least}")
 
     def _check_damping(self, damping: float) -> None:
         if not 0.0 <= damping < 1.0:

@@ -47,8 +47,7 @@ class Broyden(Solver):
         super().__post_init__()
         self._check_count("history_size", self.history_size)
         self._check_damping(self.damping)
-        if not isinstance(self.line_search_steps, int) or self.line_search_steps < 0:
-            raise ValueError(f"line_search_steps={self.line_search_steps!r} of Broyden must be a whole number >= 0")
+        self._check_count("line_search_steps", self.line_search_steps, least=0)
 
     def init(self, z0: Tensor) -> BroydenState:
         return BroydenState((), (), (), None, None)
@@ -96,9 +95,11 @@ class Broyden(Solver):
             if self.damping or self.line_search_steps:
                 w = torch.addcmul(w, d, c * (state.lengths[j] - 1.0))
         d, length = state.directions[-1], state.lengths[-1]
-        weight = 1.0 / inner(d, d).unsqueeze(1)
+        square = inner(d, d).unsqueeze(1)
+        usable = square > torch.finfo(square.dtype).tiny
+        weight = 1.0 / torch.where(usable, square, 1.0)
         c = inner(d, w).unsqueeze(1) * weight
-        usable = torch.isfinite(weight) & torch.isfinite(c) & ((1.0 - c).abs() > 1e-4)
+        usable = usable & torch.isfinite(c) & ((1.0 - c).abs() > 1e-4)
         c = torch.where(usable, c, 0.0)
         direction = torch.addcmul(w, d, c * (length - 1.0)) / (1.0 - c)
         return direction, torch.where(usable, weight, 0.0)

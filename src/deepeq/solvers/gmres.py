@@ -81,7 +81,7 @@ class GMRES(Solver):
         norm = two_norm(w).unsqueeze(1)
         # What is left at rounding level is no new direction: the space is complete, and its minimizer comes next.
         norm = torch.where(opening | (norm > noise), norm, 0.0)
-        q = w * torch.where(norm > 0, 1.0 / norm, 0.0)
+        q = w * torch.where(norm > 0, 1.0 / torch.where(norm > 0, norm, 1.0), 0.0)
 
         start, residual = torch.where(opening, z, state.start), torch.where(opening, g, state.residual)
         rhs = torch.cat([state.rhs.masked_fill(opening, 0.0), norm.masked_fill(~opening, 0.0)], dim=1)

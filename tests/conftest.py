@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    """One seed and one thread, so that a test does the same arithmetic on every run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(20190901)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def generator():
+    """Random numbers that do not depend on what other fixtures drew."""
+    return torch.Generator().manual_seed(1234)

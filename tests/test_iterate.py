@@ -1,0 +1,237 @@
+"""The loop: when it stops, what it keeps, and what it must not touch."""
+
+import pytest
+import torch
+
+from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, Result, Solver
+from deepeq.iterate import iterate
+from tests.problems import PROBLEMS, Recorder, relative_residual
+
+SOLVERS = [
+    FixedPointIteration(rtol=1e-4, max_steps=40),
+    Anderson(rtol=1e-4, max_steps=40),
+    Broyden(rtol=1e-4, max_steps=40),
+    GMRES(rtol=1e-4, max_steps=40),
+]
+solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+
+
+@pytest.mark.parametrize("check_every", [2, 3, 4, 7, 100])
+@pytest.mark.parametrize("problem_name", ["one_hard_sample", "affine", "rotation_slow"])
+@solvers
+def test_check_every_changes_the_cost_alone(solver, problem_name, check_every):
+    problem = PROBLEMS[problem_name](torch.float64)
+    every = iterate(problem.f, solver, problem.z0, check_every=1)
+    f = Recorder(problem.f)
+    seldom = iterate(f, solver, problem.z0, check_every=check_every)
+    for name in ("value", "residual", "converged", "num_steps"):
+        assert torch.equal(getattr(every, name), getattr(seldom, name)), name
+    assert every.result is seldom.result
+    steps = int(every.num_steps.max())
+    assert torch.equal(seldom.trace[:steps], every.trace)
+    assert (seldom.trace[steps:] == every.trace[-1]).all()
+    needed = min(-(-steps // check_every) * check_every, solver.max_steps)
+    assert seldom.num_evals == f.count == len(seldom.trace) == needed
+
+
+@solvers
+def test_known_f_z0_saves_one_evaluation_and_nothing_else(solver):
+    problem = PROBLEMS["affine"](torch.float64)
+    plain, saving = Recorder(problem.f), Recorder(problem.f)
+    without = iterate(plain, solver, problem.z0)
+    given = iterate(saving, solver, problem.z0, f_z0=problem.f(problem.z0))
+    assert torch.equal(without.value, given.value)
+    assert torch.equal(without.trace, given.trace)
+    assert torch.equal(without.num_steps, given.num_steps)
+    assert saving.count == given.num_evals == without.num_evals - 1 == plain.count - 1
+    assert all(torch.equal(a, b) for a, b in zip(plain.points[1:], saving.points, strict=True))
+
+
+@solvers
+def test_known_f_z0_at_a_fixed_point_needs_no_evaluation(solver):
+    problem = PROBLEMS["affine"](torch.float64)
+    f = Recorder(problem.f)
+    solution = iterate(f, solver, problem.z_star, f_z0=problem.f(problem.z_star))
+    assert f.count == solution.num_evals == 0
+    assert solution.num_steps.tolist() == [1] * len(problem.z_star)
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 5])
+@solvers
+def test_max_steps_bounds_the_evaluations(solver, max_steps):
+    problem = PROBLEMS["rotation_slow"](torch.float64)
+    f = Recorder(problem.f)
+    solution = iterate(f, type(solver)(rtol=1e-12, max_steps=max_steps), problem.z0)
+    assert f.count == solution.num_evals == len(solution.trace) == max_steps
+    assert solution.num_steps.tolist() == [max_steps] * len(problem.z0)
+    assert solution.result is Result.MAX_STEPS
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("step", [1, 2, 5])
+@solvers
+def test_nonfinite_value_ends_the_solve_and_keeps_the_best_points(solver, step, bad):
+    """A mask that multiplies would turn the stored best point of sample 1 into NaN here."""
+    problem = PROBLEMS["one_hard_sample"](torch.float64)
+    count = 0
+
+    def f(z):
+        nonlocal count
+        count += 1
+        fz = problem.f(z)
+        if count >= step:
+            fz[1] = bad
+        return fz
+
+    healthy = iterate(problem.f, solver, problem.z0)
+    solution = iterate(f, solver, problem.z0)
+    assert solution.result is Result.NONFINITE
+    assert not solution.converged[1]
+    assert solution.num_steps[1] == step
+    assert solution.value.isfinite().all()
+    assert solution.num_evals == step
+    torch.testing.assert_close(relative_residual(problem.f, solution.value)[[0, 2]], solution.residual[[0, 2]])
+    if step == 1:
+        assert torch.equal(solution.value[1], problem.z0[1])
+    else:
+        before = healthy.trace[: step - 1, 1]
+        assert solution.residual[1] == before.min()
+        torch.testing.assert_close(relative_residual(problem.f, solution.value)[1], before.min())
+
+
+@pytest.mark.parametrize("later", [float("nan"), 0.0], ids=["nan", "better"])
+@pytest.mark.parametrize("step", [1, 3])
+@solvers
+def test_sample_that_is_done_is_not_touched_by_what_f_says_later(solver, step, later):
+    problem = PROBLEMS["affine"](torch.float64)
+    z0 = problem.z0.clone()
+    z0[0] = problem.z_star[0] * (1 + 1e-6)
+    count = 0
+
+    def f(z):
+        nonlocal count
+        count += 1
+        fz = problem.f(z)
+        if count > step:
+            fz[0] = z[0] + later
+        return fz
+
+    solution = iterate(f, solver, z0)
+    assert solution.result is not Result.NONFINITE
+    assert solution.residual[0] > 0
+    assert (solution.trace[:, 0] == solution.residual[0]).all()
+    assert torch.equal(solution.value[0], z0[0])
+    assert solution.converged[0]
+
+
+class _Jump(FixedPointIteration):
+    """A rule that jumps to infinity with one sample."""
+
+    def step(self, z, fz, state):
+        z_next = fz.clone()
+        if z.abs().sum() > 0:
+            z_next[1] = torch.inf
+        return z_next, None
+
+
+def test_nonfinite_point_of_a_rule_does_not_poison_the_best_point():
+    problem = PROBLEMS["one_hard_sample"](torch.float64)
+    solution = iterate(problem.f, _Jump(rtol=1e-4), problem.z0)
+    assert solution.result is Result.NONFINITE
+    assert not solution.converged[1]
+    assert solution.num_steps[1] == solution.num_evals == 3
+    assert solution.value.isfinite().all()
+    torch.testing.assert_close(relative_residual(problem.f, solution.value), solution.residual, rtol=1e-6, atol=1e-12)
+
+
+class _Watch(FixedPointIteration):
+    """Notes the modes that a rule runs under."""
+
+    def step(self, z, fz, state):
+        seen.append((torch.is_autocast_enabled("cpu"), (z @ z.T).dtype, fz.dtype))
+        return super().step(z, fz, state)
+
+
+seen: list[tuple[bool, torch.dtype, torch.dtype]] = []
+
+
+def test_autocast_reaches_f_and_not_the_solver():
+    weight, dtypes = 0.3 * torch.randn(4, 4), []
+
+    def f(z):
+        product = z @ weight
+        dtypes.append(product.dtype)
+        return torch.tanh(product.float() + 1.0)
+
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        iterate(f, _Watch(max_steps=4, rtol=1e-9), torch.zeros(2, 4))
+        assert torch.is_autocast_enabled("cpu")
+    assert dtypes == [torch.bfloat16] * 4
+    assert seen == [(False, torch.float32, torch.float32)] * 3
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:3], ids=lambda solver: type(solver).__name__)
+def test_autocast_does_not_set_a_residual_floor(solver):
+    """With 16-bit algebra in the solver the residual of an elementwise map would stop near 1e-2."""
+    z0, slopes = torch.zeros(2, 6), torch.linspace(-0.8, 0.8, 6)
+    tight = type(solver)(rtol=2e-6, max_steps=200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = iterate(lambda z: slopes * z + 1.0, tight, z0)
+    without = iterate(lambda z: slopes * z + 1.0, tight, z0)
+    assert solution.converged.all()
+    assert torch.equal(solution.value, without.value)
+
+
+def test_autocast_settings_of_the_caller_are_restored_inside_f():
+    inside = []
+
+    def f(z):
+        inside.append(
+            (
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+                torch.is_autocast_cache_enabled(),
+            )
+        )
+        return 0.5 * z + 1.0
+
+    for dtype, cache in [(torch.bfloat16, True), (torch.float16, False)]:
+        inside.clear()
+        with torch.autocast("cpu", dtype=dtype, cache_enabled=cache):
+            iterate(f, FixedPointIteration(max_steps=2, rtol=1e-9), torch.zeros(1, 2))
+        assert inside == [(True, dtype, cache)] * 2
+
+
+@solvers
+def test_iterate_raises_nothing_and_writes_into_nothing(solver):
+    z0 = torch.randn(2, 3)
+    before = z0.clone()
+    returned = []
+
+    def f(z):
+        returned.append((z, z.clone()))
+        return z * torch.nan if len(returned) == 3 else 2.0 * z.sin() + 1.0
+
+    assert iterate(f, solver, z0).result is Result.NONFINITE
+    assert torch.equal(z0, before)
+    assert all(torch.equal(z, copy) for z, copy in returned)
+
+
+@solvers
+def test_iterate_is_a_pure_function_of_its_arguments(solver):
+    problem = PROBLEMS["tanh"](torch.float32)
+    first, second = (iterate(problem.f, solver, problem.z0) for _ in range(2))
+    assert torch.equal(first.value, second.value)
+    assert torch.equal(first.trace, second.trace)
+
+
+def test_huge_but_finite_map_is_not_mistaken_for_converged():
+    solution = iterate(lambda z: 3.0 * z + 1e30, FixedPointIteration(max_steps=50), torch.zeros(1, 2))
+    assert solution.result is not Result.CONVERGED
+    assert not solution.converged.any()
+
+
+def test_solver_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        Solver()

@@ -1,0 +1,581 @@
+"""Every solver on every problem, as `deepeq.Solution` promises; then each solver against its definition."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepeq import (
+    GMRES,
+    Anderson,
+    Broyden,
+    FixedPointIteration,
+    ImplicitAdjoint,
+    Result,
+    Solver,
+    fixed_point,
+)
+from tests.problems import PROBLEMS, Problem, Recorder, relative_residual
+
+# One line a solver: how it is built, and which problems it has to solve.
+SOLVERS: dict[str, tuple[Callable[..., Solver], Callable[[Problem], bool]]] = {
+    "fixed_point_iteration": (FixedPointIteration, lambda p: p.contraction < 1),
+    "damped_iteration": (lambda **k: FixedPointIteration(damping=0.3, **k), lambda p: p.contraction < 1),
+    "anderson": (Anderson, lambda p: True),
+    "damped_anderson": (lambda **k: Anderson(damping=0.2, **k), lambda p: True),
+    "broyden": (Broyden, lambda p: True),
+    "damped_broyden": (lambda **k: Broyden(damping=0.2, **k), lambda p: True),
+    "broyden_line_search": (lambda **k: Broyden(line_search_steps=3, **k), lambda p: True),
+    "broyden_window_5": (lambda **k: Broyden(history_size=5, **k), lambda p: p.contraction < 1),
+    "gmres": (GMRES, lambda p: p.affine),
+    "gmres_restart_4": (lambda **k: GMRES(restart=4, **k), lambda p: p.affine),
+}
+RTOL = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+solver_names = pytest.mark.parametrize("solver_name", SOLVERS)
+problem_names = pytest.mark.parametrize("problem_name", PROBLEMS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+def build(solver_name: str, **fields) -> Solver:
+    return SOLVERS[solver_name][0](**fields)
+
+
+PROMISED = [
+    (solver_name, problem_name)
+    for solver_name, (_, promises) in SOLVERS.items()
+    for problem_name, make in PROBLEMS.items()
+    if promises(make(torch.float64))
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("solver_name", "problem_name"), PROMISED)
+def test_solver_finds_the_known_fixed_point(solver_name, problem_name, dtype):
+    problem = PROBLEMS[problem_name](dtype)
+    solution = fixed_point(problem.f, problem.z0, solver=build(solver_name, rtol=RTOL[dtype], max_steps=600))
+    assert solution.result is Result.CONVERGED
+    assert solution.converged.all()
+    # ||z - z*|| <= ||(I - J)^-1|| ||f(z) - z||, and I - J has no singular value below 0.01 in these problems.
+    bound = 110 * RTOL[dtype] * problem.z_star.norm(dim=1, keepdim=True)
+    assert ((solution.value - problem.z_star).norm(dim=1, keepdim=True) <= bound).all()
+
+
+@dtypes
+@problem_names
+@solver_names
+def test_solution_reports_what_was_computed(solver_name, problem_name, dtype):
+    problem = PROBLEMS[problem_name](dtype)
+    f, rtol, z0 = Recorder(problem.f), RTOL[dtype], problem.z0.clone()
+    solution = fixed_point(f, z0, solver=build(solver_name, rtol=rtol, max_steps=25))
+    batch_size = z0.shape[0]
+
+    assert torch.equal(z0, problem.z0)
+    assert solution.value.shape == z0.shape
+    assert solution.value.dtype == solution.residual.dtype == dtype
+    assert solution.residual.shape == solution.converged.shape == solution.num_steps.shape == (batch_size,)
+    assert solution.converged.dtype == torch.bool
+    assert solution.num_steps.dtype == torch.int64
+    assert solution.trace.shape == (solution.num_steps.max(), batch_size)
+
+    residual = relative_residual(problem.f, solution.value)
+    slack = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(solution.residual, residual, rtol=1e-3, atol=slack)
+    assert torch.equal(solution.converged, solution.residual <= rtol)
+    assert (solution.result is Result.CONVERGED) == bool(solution.converged.all())
+    assert (solution.result is Result.MAX_STEPS) == (not bool(solution.converged.all()))
+
+    # num_evals counts the calls of f, with the one that builds the graph: nothing here needs a gradient but z may.
+    assert solution.num_evals == f.count == int(solution.num_steps.max()) + 1
+    with torch.no_grad():
+        f.points.clear()
+        assert fixed_point(f, z0, solver=build(solver_name, rtol=rtol, max_steps=25)).num_evals == f.count
+        assert f.count == int(solution.num_steps.max())
+
+    # The trace is the residual of the points that were evaluated, up to each sample's last step.
+    for step, point in enumerate(f.points):
+        running = solution.num_steps > step
+        torch.testing.assert_close(
+            solution.trace[step][running], relative_residual(problem.f, point)[running], rtol=1e-3, atol=slack
+        )
+        last = solution.trace[solution.num_steps - 1, torch.arange(batch_size)]
+        assert torch.equal(solution.trace[step][~running], last[~running])
+    # The best point of all is returned, and a sample stops at the first point that is good enough.
+    assert torch.equal(solution.residual, solution.trace.amin(dim=0))
+    for sample, steps in enumerate(solution.num_steps.tolist()):
+        assert (solution.trace[: steps - 1, sample] > rtol).all()
+        assert steps == 25 or solution.converged[sample]
+
+
+@problem_names
+@solver_names
+def test_value_is_never_worse_than_z0(solver_name, problem_name):
+    problem = PROBLEMS[problem_name](torch.float64)
+    z0 = problem.z_star + 1e-3
+    solution = fixed_point(problem.f, z0, solver=build(solver_name, rtol=1e-12, max_steps=4))
+    assert (solution.residual <= relative_residual(problem.f, z0) * (1 + 1e-9)).all()
+
+
+@solver_names
+def test_first_point_returned_where_nothing_better_is_found(solver_name):
+    def f(z):  # every point but z0 is worse, whatever the solver does
+        return torch.where(z == 1.0, 1.5, z + 1e3 * (1 + z.abs()))
+
+    z0 = torch.ones(2, 3)
+    solution = fixed_point(f, z0, solver=build(solver_name, max_steps=6))
+    assert torch.equal(solution.value, z0)
+    assert not solution.converged.any()
+    torch.testing.assert_close(solution.residual, torch.full((2,), 0.5 / 1.5))
+
+
+@problem_names
+@solver_names
+def test_fixed_point_as_z0_takes_one_step(solver_name, problem_name):
+    problem = PROBLEMS[problem_name](torch.float64)
+    solution = fixed_point(problem.f, problem.z_star, solver=build(solver_name, rtol=1e-9))
+    assert torch.equal(solution.value, problem.z_star)
+    assert (solution.num_steps == 1).all()
+    with torch.no_grad():
+        assert fixed_point(problem.f, problem.z_star, solver=build(solver_name, rtol=1e-9)).num_evals == 1
+
+
+@solver_names
+def test_exact_fixed_point_beside_a_running_sample_stays_finite(solver_name):
+    slopes = torch.tensor([[0.5, 0.5], [0.9, -0.8], [0.0, 0.0]])
+    f = Recorder(lambda z: slopes * z + torch.tensor([[0.0], [1.0], [0.0]]))  # z0 = 0 is exact for two samples
+    solution = fixed_point(f, torch.zeros(3, 2), solver=build(solver_name, rtol=1e-5, max_steps=200))
+    assert solution.result is Result.CONVERGED
+    assert solution.num_steps.tolist()[::2] == [1, 1]
+    assert all(point.isfinite().all() and (point[::2] == 0).all() for point in f.points)
+
+
+@dtypes
+@pytest.mark.parametrize("problem_name", ["one_hard_sample", "stiff", "cosine"])
+@solver_names
+def test_sample_has_bitwise_the_same_answer_alone_and_beside_others(solver_name, problem_name, dtype):
+    problem = PROBLEMS[problem_name](dtype)
+    solver = build(solver_name, rtol=RTOL[dtype], max_steps=25)
+    together = fixed_point(problem.f, problem.z0, solver=solver)
+    for i in range(len(problem.z0)):
+        alone = fixed_point(problem.f_of_sample(i), problem.z0[i : i + 1], solver=solver)
+        for name in ("value", "residual", "num_steps", "converged"):
+            assert torch.equal(getattr(alone, name), getattr(together, name)[i : i + 1]), name
+    if problem_name == "one_hard_sample":  # else nothing was frozen, and the test would say nothing
+        assert len(set(together.num_steps.tolist())) > 1
+
+
+@solver_names
+def test_frozen_sample_is_not_evaluated_elsewhere(solver_name):
+    problem = PROBLEMS["one_hard_sample"](torch.float64)
+    f = Recorder(problem.f)
+    solution = fixed_point(f, problem.z0, solver=build(solver_name, rtol=1e-6, max_steps=50))
+    easy = int(solution.num_steps.argmin())
+    steps = int(solution.num_steps[easy])
+    assert steps < f.count - 3
+    for point in f.points[steps:]:
+        assert torch.equal(point[easy], solution.value[easy])
+
+
+@pytest.mark.parametrize("problem_name", ["affine", "tanh", "rotation_slow"])
+@solver_names
+def test_any_split_of_a_batch_gives_the_same_answers(solver_name, problem_name):
+    problem = PROBLEMS[problem_name](torch.float64)
+    solver = build(solver_name, rtol=1e-6, max_steps=30)
+    together = fixed_point(problem.f, problem.z0, solver=solver)
+    batch_size = len(problem.z0)
+    for i in range(batch_size):
+        # The other rows repeat this one: its own map, another batch.
+        order = torch.arange(batch_size).roll(-i)
+        rolled = fixed_point(lambda z, o=order: problem.f(z[o.argsort()])[o], problem.z0[order], solver=solver)
+        torch.testing.assert_close(rolled.value, together.value[order], rtol=1e-9, atol=1e-12)
+        assert torch.equal(rolled.num_steps, together.num_steps[order])
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    (FixedPointIteration, "tanh", {}, {"damping": 0.5}),
+    (Anderson, "tanh", {}, {"damping": 0.5}),
+    (Anderson, "tanh", {}, {"history_size": 2}),
+    (Anderson, "tanh", {}, {"ridge": 1e-1}),
+    (Broyden, "tanh", {}, {"damping": 0.5}),
+    (Broyden, "tanh", {}, {"history_size": 3}),
+    (Broyden, "stiff", {}, {"line_search_steps": 2}),
+    (Broyden, "stiff", {"line_search_steps": 1}, {"line_search_steps": 2}),
+    (GMRES, "affine", {}, {"restart": 2}),
+    *[
+        (cls, "affine", {}, option)
+        for cls in (FixedPointIteration, Anderson, Broyden, GMRES)
+        for option in ({"rtol": 1e-1}, {"atol": 1e-1}, {"max_steps": 3})
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "problem_name", "fields", "change"),
+    OPTIONS,
+    ids=[f"{cls.__name__}-{'-'.join(change)}-{i}" for i, (cls, _, _, change) in enumerate(OPTIONS)],
+)
+def test_every_option_changes_the_computation(cls, problem_name, fields, change):
+    problem = PROBLEMS[problem_name](torch.float64)
+    points = []
+    for extra in ({}, change):
+        f = Recorder(problem.f)
+        fixed_point(f, problem.z0, solver=cls(**{"rtol": 1e-8, "max_steps": 20, **fields, **extra}))
+        points.append(f.points)
+    same_length = len(points[0]) == len(points[1])
+    assert not same_length or not all(torch.allclose(a, b) for a, b in zip(*points, strict=True))
+
+
+def test_options_table_covers_every_field():
+    for cls in (FixedPointIteration, Anderson, Broyden, GMRES):
+        covered = {name for owner, _, _, change in OPTIONS if owner is cls for name in change}
+        assert covered == set(cls.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rtol": 1e-3, "atol": 0.0}, {"rtol": 0.0, "atol": 1e-2}, {"rtol": 1e-3, "atol": 1e-2}]
+)
+@solver_names
+def test_stop_follows_the_stated_criterion(solver_name, fields):
+    problem = PROBLEMS["affine"](torch.float64)
+    scaled = Recorder(lambda z: 10 * problem.f(z / 10))  # so that absolute and relative differ
+    solution = fixed_point(scaled, problem.z0, solver=build(solver_name, max_steps=100, **fields))
+    fz = scaled.f(solution.value)
+    distance, scale = (fz - solution.value).norm(dim=1), fz.norm(dim=1)
+    assert (distance <= fields["atol"] + fields["rtol"] * scale).all()
+    for sample, steps in enumerate(solution.num_steps.tolist()):
+        for point in scaled.points[: steps - 1]:
+            fz = scaled.f(point)[sample]
+            assert (fz - point[sample]).norm() > fields["atol"] + fields["rtol"] * fz.norm()
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        *[
+            (cls, fields)
+            for cls in (FixedPointIteration, Anderson, Broyden, GMRES)
+            for fields in (
+                {"rtol": -1e-3},
+                {"rtol": float("nan")},
+                {"rtol": float("inf")},
+                {"atol": -1.0},
+                {"atol": float("inf")},
+                {"rtol": 0.0, "atol": 0.0},
+                {"max_steps": 0},
+                {"max_steps": 2.5},
+                {"max_steps": True},
+            )
+        ],
+        *[(cls, {"damping": value}) for cls in (FixedPointIteration, Anderson, Broyden) for value in (-0.1, 1.0)],
+        (Anderson, {"history_size": 0}),
+        (Anderson, {"history_size": 1.5}),
+        (Anderson, {"ridge": 0.0}),
+        (Anderson, {"ridge": 1.0}),
+        (Broyden, {"history_size": 0}),
+        (Broyden, {"line_search_steps": -1}),
+        (Broyden, {"line_search_steps": 0.5}),
+        (GMRES, {"restart": 0}),
+    ],
+    ids=str,
+)
+def test_bad_value_raises_at_construction_and_names_the_field(cls, fields):
+    with pytest.raises(ValueError, match="both 0" if len(fields) == 2 else next(iter(fields))) as error:
+        cls(**fields)
+    assert cls.__name__ in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [FixedPointIteration, Anderson, Broyden, GMRES])
+def test_unknown_keyword_and_positional_values_are_type_errors(cls):
+    with pytest.raises(TypeError, match="stop_mode"):
+        cls(stop_mode="abs")
+    with pytest.raises(TypeError, match="positional"):
+        cls(1e-3)
+
+
+@pytest.mark.parametrize("cls", [FixedPointIteration, Anderson, Broyden, GMRES])
+def test_solver_is_an_immutable_value(cls):
+    solver = cls(rtol=1e-2)
+    with pytest.raises(AttributeError):
+        solver.rtol = 1.0
+    assert solver == cls(rtol=1e-2)
+    assert solver != cls(rtol=1e-3)
+    assert hash(solver) == hash(cls(rtol=1e-2))
+
+
+def test_solver_keeps_no_more_vectors_than_its_window():
+    z, g = torch.zeros(2, 7, dtype=torch.float64), torch.Generator().manual_seed(0)
+    for solver, count in [
+        (Anderson(history_size=3), lambda s: max(len(s.delta_f), len(s.delta_g), s.gram.shape[1])),
+        (Broyden(history_size=3), lambda s: len(s.directions)),
+        (GMRES(restart=3, max_steps=50), lambda s: len(s.basis)),
+    ]:
+        state, kept = solver.init(z), []
+        for _ in range(20):
+            fz = torch.randn(2, 7, dtype=torch.float64, generator=g)
+            z, state = solver.step(z, fz, state)
+            kept.append(count(state))
+        assert max(kept) == 3
+
+
+# --- each solver against its definition ------------------------------------------------------------------------------
+
+
+def points_of(f, z0, solver) -> list[Tensor]:
+    recorder = Recorder(f)
+    with torch.no_grad():
+        fixed_point(recorder, z0, solver=solver)
+    return recorder.points
+
+
+def sample_of(problem: Problem, i: int) -> Callable[[Tensor], Tensor]:
+    """The map of one sample, with the others at zero."""
+
+    def f(z):
+        batch = torch.zeros_like(problem.z0)
+        batch[i] = z
+        return problem.f(batch)[i]
+
+    return f
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("problem_name", ["tanh", "rotation_diverging", "stiff"])
+def test_fixed_point_iteration_equals_its_formula(problem_name, damping):
+    problem = PROBLEMS[problem_name](torch.float64)
+    z = problem.z0
+    for point in points_of(problem.f, z, FixedPointIteration(rtol=1e-14, max_steps=10, damping=damping)):
+        torch.testing.assert_close(point, z, rtol=1e-12, atol=1e-14)
+        z = damping * z + (1 - damping) * problem.f(z)
+
+
+def dense_broyden(f, z: Tensor, steps: int, damping: float = 0.0, history_size: int = 10**9) -> list[Tensor]:
+    """The paper's eq. 6 and 10 with the inverse written out: `(N, N)` for one sample."""
+
+    def g(z):
+        return f(z) - z
+
+    b, points = -torch.eye(z.numel(), dtype=z.dtype), [z]
+    for n in range(steps - 1):
+        delta_z = -(1 - damping) * b @ g(z)
+        z_next = z + delta_z
+        delta_g = g(z_next) - g(z)
+        if (n + 1) % history_size == 0:
+            b = -torch.eye(z.numel(), dtype=z.dtype)
+        else:
+            b = b + torch.outer(delta_z - b @ delta_g, delta_z @ b) / (delta_z @ b @ delta_g)
+        z = z_next
+        points.append(z)
+    return points
+
+
+@pytest.mark.parametrize("history_size", [100, 4, 1])
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("problem_name", ["tanh_batch_of_one", "tanh", "affine", "rotation_diverging"])
+def test_broyden_equals_the_dense_matrix_method(problem_name, damping, history_size):
+    problem = PROBLEMS[problem_name](torch.float64)
+    solver = Broyden(rtol=1e-5, max_steps=12, damping=damping, history_size=history_size)
+    points = points_of(problem.f, problem.z0, solver)
+    with torch.no_grad():
+        steps = fixed_point(problem.f, problem.z0, solver=solver).num_steps.tolist()
+    for i, steps_of_sample in enumerate(steps):
+        expected = dense_broyden(sample_of(problem, i), problem.z0[i], steps_of_sample, damping, history_size)
+        for point, reference in zip(points, expected, strict=False):
+            torch.testing.assert_close(point[i], reference, rtol=1e-6, atol=1e-9)
+
+
+def dense_broyden_with_line_search(f, z: Tensor, evaluations: int, most_halvings: int) -> list[Tensor]:
+    """The dense method, where a step that raises the residual is halved before the inverse learns from it."""
+
+    def g(z):
+        return f(z) - z
+
+    b, points = -torch.eye(z.numel(), dtype=z.dtype), [z]
+    while len(points) < evaluations:
+        delta_z = -b @ g(z)
+        points.append(z + delta_z)
+        halvings = 0
+        while g(z + delta_z).norm() > g(z).norm() and halvings < most_halvings:
+            delta_z, halvings = 0.5 * delta_z, halvings + 1
+            points.append(z + delta_z)
+        delta_g = g(z + delta_z) - g(z)
+        b = b + torch.outer(delta_z - b @ delta_g, delta_z @ b) / (delta_z @ b @ delta_g)
+        z = z + delta_z
+    return points[:evaluations]
+
+
+@pytest.mark.parametrize("most_halvings", [1, 3])
+@pytest.mark.parametrize("problem_name", ["stiff", "one_hard_sample"])
+def test_broyden_line_search_equals_the_dense_matrix_method(problem_name, most_halvings):
+    problem = PROBLEMS[problem_name](torch.float64)
+    solver = Broyden(rtol=1e-4, max_steps=15, line_search_steps=most_halvings)
+    points = points_of(problem.f, problem.z0, solver)
+    steps = fixed_point(problem.f, problem.z0, solver=solver).num_steps.tolist()
+    differs = False
+    for i, steps_of_sample in enumerate(steps):
+        f = sample_of(problem, i)
+        expected = dense_broyden_with_line_search(f, problem.z0[i], steps_of_sample, most_halvings)
+        for point, reference in zip(points, expected, strict=False):
+            torch.testing.assert_close(point[i], reference, rtol=1e-6, atol=1e-8)
+        plain = dense_broyden(f, problem.z0[i], steps_of_sample)
+        differs |= not torch.allclose(plain[-1], expected[-1])
+    assert differs  # some step was halved
+
+
+def test_broyden_line_search_lowers_the_residual_where_full_steps_raise_it():
+    problem = PROBLEMS["stiff"](torch.float64)
+    plain = fixed_point(problem.f, problem.z0, solver=Broyden(max_steps=3))
+    searched = fixed_point(problem.f, problem.z0, solver=Broyden(max_steps=3, line_search_steps=5))
+    assert (searched.residual < plain.residual).all()
+
+
+@pytest.mark.parametrize("history_size", [5, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gain", [0.8, 1.2, 1.6])
+def test_broyden_window_converges_where_the_full_history_does(gain, dtype, history_size, generator):
+    w = gain * torch.randn(40, 40, generator=generator, dtype=torch.float64).to(dtype) / 40**0.5
+    b = torch.randn(4, 40, generator=generator, dtype=torch.float64).to(dtype)
+    solutions = {}
+    for size in (history_size, 400):
+        f = Recorder(lambda z: torch.tanh(z @ w.T + b))
+        solutions[size] = fixed_point(
+            f, torch.zeros_like(b), solver=Broyden(rtol=1e-3, max_steps=400, history_size=size)
+        )
+        assert all(point.isfinite().all() for point in f.points)
+    assert solutions[400].converged.all()
+    assert solutions[history_size].converged.all()
+
+
+@pytest.mark.parametrize(("ridge", "damping", "history_size"), [(1e-10, 0.0, 8), (1e-10, 0.3, 3), (0.3, 0.0, 8)])
+@pytest.mark.parametrize("problem_name", ["tanh", "affine", "rotation_diverging"])
+def test_anderson_equals_naive_least_squares(problem_name, ridge, damping, history_size):
+    """Against a QR solve of `min ||g - dG gamma||^2 + ridge sum (||dG_j|| gamma_j)^2`, one sample at a time."""
+    problem = PROBLEMS[problem_name](torch.float64)
+    solver = Anderson(rtol=1e-4, max_steps=9, ridge=ridge, damping=damping, history_size=history_size)
+    points = points_of(problem.f, problem.z0, solver)
+    values = [problem.f(z) for z in points]
+    steps = fixed_point(problem.f, problem.z0, solver=solver).num_steps.tolist()
+    for i, steps_of_sample in enumerate(steps):
+        assert steps_of_sample > 3
+        for n in range(1, steps_of_sample):
+            z = torch.stack([p[i] for p in points[max(0, n - 1 - history_size) : n]], dim=1)  # (N, k + 1)
+            fz = torch.stack([p[i] for p in values[max(0, n - 1 - history_size) : n]], dim=1)
+            g, expected = (fz - z)[:, -1], fz[:, -1] - damping * (fz - z)[:, -1]
+            if n > 1:
+                delta_f, delta_g = fz.diff(dim=1), (fz - z).diff(dim=1)
+                penalty = ridge**0.5 * torch.diag(delta_g.norm(dim=0))
+                lhs = torch.cat([delta_g, penalty])
+                rhs = torch.cat([g, g.new_zeros(len(penalty))]).unsqueeze(1)
+                gamma = torch.linalg.lstsq(lhs, rhs, driver="gelsy").solution.squeeze(1)
+                expected = expected - delta_f @ gamma + damping * delta_g @ gamma
+            torch.testing.assert_close(points[n][i], expected, rtol=1e-5, atol=1e-7)
+
+
+def krylov_minimizer(f, z0: Tensor, dimension: int) -> Tensor:
+    """The point of least residual in `z0 + span(r0, A r0, ...)`, with `A = I - M` written out; one sample."""
+    b = f(torch.zeros_like(z0))
+    a = torch.stack([e - (f(e) - b) for e in torch.eye(len(b), dtype=torch.float64)], dim=1)
+    r0 = b - a @ z0
+    krylov = torch.stack([torch.linalg.matrix_power(a, k) @ r0 for k in range(dimension)], dim=1)
+    krylov, _ = torch.linalg.qr(krylov)
+    return z0 + krylov @ torch.linalg.lstsq(a @ krylov, r0.unsqueeze(1)).solution.squeeze(1)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 6])
+@pytest.mark.parametrize("problem_name", ["affine", "rotation_slow", "diverging", "stiff"])
+def test_gmres_equals_dense_least_squares_over_the_krylov_space(problem_name, steps):
+    problem = PROBLEMS[problem_name](torch.float64)
+    z0 = torch.randn_like(problem.z0)
+    last = points_of(problem.f, z0, GMRES(rtol=1e-14, max_steps=steps))[-1]
+    for i in range(len(z0)):
+        expected = krylov_minimizer(sample_of(problem, i), z0[i], steps - 2)
+        torch.testing.assert_close(last[i], expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("rtol", [0.2, 0.05, 1e-2, 1e-3])
+def test_gmres_stops_at_the_first_space_that_is_large_enough(rtol):
+    """It predicts `||f(u)||` too, for the relative tolerance, wherever it started."""
+    problem = PROBLEMS["affine"](torch.float64)
+    z0 = 3.0 * torch.randn_like(problem.z0)
+    solution = fixed_point(problem.f, z0, solver=GMRES(rtol=rtol))
+    for i in range(len(z0)):
+        f = sample_of(problem, i)
+        minimizers = [krylov_minimizer(f, z0[i], k) for k in range(1, 7)]
+        enough = next(k for k, u in enumerate(minimizers, 1) if (f(u) - u).norm() <= rtol * f(u).norm())
+        assert solution.num_steps[i] == enough + 2  # the first point, the products, the minimizer
+        torch.testing.assert_close(solution.value[i], minimizers[enough - 1], rtol=1e-6, atol=1e-9)
+
+
+def test_gmres_basis_is_orthonormal_to_rounding(generator):
+    """One pass of Gram-Schmidt would lose this on a matrix of condition 1e6."""
+    q, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))
+    matrix = torch.eye(24, dtype=torch.float64) - q @ torch.diag(torch.logspace(0, -6, 24, dtype=torch.float64)) @ q.T
+    b = torch.randn(1, 24, generator=generator, dtype=torch.float64)
+    solver, z = GMRES(rtol=1e-15, max_steps=50), torch.zeros(1, 24, dtype=torch.float64)
+    state = solver.init(z)
+    for _ in range(12):
+        z, state = solver.step(z, z @ matrix.T + b, state)
+    basis = torch.cat(state.basis)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(12, dtype=torch.float64), rtol=0.0, atol=1e-13)
+
+
+def test_gmres_needs_no_more_products_than_the_dimension():
+    problem = PROBLEMS["diverging"](torch.float64)  # 4 unknowns: first point, 4 products, the minimizer
+    solution = fixed_point(problem.f, problem.z0, solver=GMRES(rtol=1e-10))
+    assert (solution.num_steps <= 6).all()
+    assert solution.converged.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gmres_evaluates_the_minimizer_as_soon_as_the_space_is_complete(dtype):
+    """Two eigenvalues: first point, two products, minimizer. A tolerance out of reach must not hide it."""
+    slopes = torch.tensor([[0.5, 0.5, 0.5, -2.0, -2.0]], dtype=dtype)
+    out_of_reach = GMRES(rtol=0.0, atol=1e-30, max_steps=25)
+    solution = fixed_point(lambda z: slopes * z + slopes.cos(), torch.zeros(1, 5, dtype=dtype), solver=out_of_reach)
+    assert (solution.trace[:3] > 1e-2).all()
+    assert (solution.trace[3] < 100 * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gmres_on_a_singular_system_stays_finite_and_says_so(dtype):
+    f = Recorder(lambda z: z + torch.tensor([1.0, 0.0], dtype=dtype))  # no fixed point at all
+    solution = fixed_point(f, torch.zeros(2, 2, dtype=dtype), solver=GMRES(max_steps=30))
+    assert solution.result is Result.MAX_STEPS
+    assert not solution.converged.any()
+    assert all(point.isfinite().all() for point in f.points)
+
+
+@solver_names
+def test_map_without_fixed_point_gives_finite_points_and_a_status(solver_name):
+    f = Recorder(lambda z: z + 1.0 + z.abs())
+    solution = fixed_point(f, torch.zeros(2, 3), solver=build(solver_name, max_steps=15))
+    assert solution.result is Result.MAX_STEPS
+    assert all(point.isfinite().all() for point in f.points)
+
+
+def test_anderson_solves_the_scaled_normal_equations_in_float64():
+    """A float32 problem whose differences span many orders of magnitude still converges to float32 accuracy."""
+    slopes = torch.linspace(-0.9, 0.99, 12).repeat(2, 1)
+    solution = fixed_point(lambda z: slopes * z + 1.0, torch.zeros(2, 12), solver=Anderson(rtol=1e-5, max_steps=150))
+    assert solution.converged.all()
+
+
+@pytest.mark.parametrize(
+    "solver", [GMRES(rtol=1e-8), Broyden(rtol=1e-8, max_steps=200), Anderson(rtol=1e-8, max_steps=200)]
+)
+def test_solver_as_backward_solver_counts_the_first_product_as_free(solver):
+    problem = PROBLEMS["tanh"](torch.float64)
+    shift = torch.zeros_like(problem.z0).requires_grad_()
+    reports = []
+    solution = fixed_point(
+        lambda z: problem.f(z + shift),
+        problem.z0,
+        solver=Broyden(rtol=1e-9, max_steps=100),
+        adjoint=ImplicitAdjoint(solver=solver, callback=reports.append),
+    )
+    solution.value.sum().backward()
+    (backward,) = reports
+    assert backward.converged.all()
+    assert backward.num_evals == int(backward.num_steps.max()) - 1
