@@ -687,7 +687,7 @@ def test_parameter_changed_before_the_backward_is_an_error_and_not_a_wrong_gradi
         gradients = list(torch.autograd.grad(loss, cell.leaves))
     except RuntimeError as error:
         message = str(error)
-    assert not message or "modified by an inplace operation" in message
+    assert not message or "modified by an inplace operation" in message or "f changed between" in message
     assert_same(gradients, expected, rtol=1e-12)  # one phantom step does not need w again
     assert message or isinstance(adjoint, PhantomAdjoint)
 

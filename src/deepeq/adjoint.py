@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint as recompute
 
 from deepeq.iterate import Map, in_current_autocast, iterate
@@ -155,7 +154,7 @@ class PhantomAdjoint(Adjoint):
         for _ in range(self.steps):
             z = f(z).lerp(z, self.damping) if self.damping else f(z)
         # The phantom steps give the gradient alone: the value, and with it the residual, is the solver's.
-        value = _WithGradientOf.apply(z, solution.value)
+        value = solution.value + (z - z.detach())
         return solution._replace(value=value, num_evals=solution.num_evals + self.steps)
 
 
@@ -255,18 +254,6 @@ class _Equilibrium(torch.autograd.Function):
             u = _Equilibrium.apply(_product(fz, z, u) + v, u, _Rule(rule.solve))
         # Autograd adds J^T u to the gradient of a connected z; only the part that u does not cover may go on.
         return u, (v - u if rule.connected else None), None
-
-
-class _WithGradientOf(torch.autograd.Function):
-    """The value of one tensor with the gradient of another."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, differentiable: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0], None
 
 
 def _product(fz: Tensor, z: Tensor, u: Tensor) -> Tensor:

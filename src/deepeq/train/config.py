@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from deepeq.data import DataConfig
 from deepeq.models import TransformerConfig
-from deepeq.solvers import GMRES, Anderson, Solver
+from deepeq.solvers import GMRES, Anderson, Broyden, Solver
 
 # A recipe may name the classes of this library and nothing else: a foreign one must not run code.
 set_parsing_settings(
@@ -30,7 +30,7 @@ class EquilibriumConfig:
     """Forward solver while training."""
     backward: Solver = field(default_factory=lambda: GMRES(rtol=1e-1, max_steps=8))
     """Solver of the backward fixed point."""
-    evaluation: Solver = field(default_factory=lambda: Anderson(rtol=1e-3, max_steps=30))
+    evaluation: Solver = field(default_factory=lambda: Broyden(rtol=1e-3, max_steps=40, history_size=20))
     """Forward solver of evaluation and generation."""
     warm_up_share: float = 0.2
     """Share of the steps that train a shallow stack of the cell first (Bai et al. 2019, appendix E); in [0, 1)."""
