@@ -35,8 +35,8 @@ smoke: $(VENV)/train.stamp  ## Train every recipe whose corpus is at hand for 20
 	done; \
 	[ -z "$$failed" ] || { echo "smoke: FAILED$$failed" >&2; exit 1; }
 
-bench: $(VENV)/train,bench.stamp  ## Run one benchmark: make bench NAME=solvers
-	@$(BIN)/deepeq bench $(NAME) --out benchmarks/results $(ARGS)
+bench: $(VENV)/train,bench.stamp  ## Run one benchmark: make bench NAME=solvers ARGS="--run DIR"
+	@$(BIN)/python benchmarks/$(NAME).py --out benchmarks/results $(ARGS)
 
 docs: $(VENV)/train,docs.stamp  ## Build the documentation into site/
 	@$(BIN)/mkdocs build --strict

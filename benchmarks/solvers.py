@@ -85,7 +85,7 @@ def measure(
         solve(f, z0)
         middle = time.perf_counter()
         for _ in range(num_evals):
-            f(z0)
+            f(value)
         ratios.append((middle - start) / (time.perf_counter() - middle))
     return {
         "evaluations": num_evals,
@@ -105,8 +105,12 @@ def compare(f: Callable[[Tensor], Tensor], z0: Tensor, solvers: list[Solver], re
         }
         candidates |= {f"torchdeq {name}": solve_with_torchdeq(name, tolerance) for name in ("broyden", "anderson")}
         for name, solve in candidates.items():
-            row = {"solver": name, "rtol": tolerance, **measure(solve, f, z0, repetitions)}
-            row["reached"] = row["worst_residual"] <= 1.05 * tolerance
+            row: dict = {"solver": name, "rtol": tolerance}
+            try:
+                row |= measure(solve, f, z0, repetitions)
+                row["reached"] = row["worst_residual"] <= 1.05 * tolerance
+            except deepeq.ConvergenceError as error:
+                row |= {"reached": False, "error": str(error).split(":")[0]}
             rows.append(row)
             print(json.dumps(row))
     return rows
@@ -128,6 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for solvers.json")
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
+    torch.set_flush_denormal(True)  # as training does
     f, z0 = trained_map(arguments.run)
     nonlinear: list[Solver] = [
         deepeq.FixedPointIteration(),

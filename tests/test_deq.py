@@ -452,3 +452,16 @@ def test_compiled_cell_works_after_any_warm_up_without_donated_buffers(fresh_com
     )
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_cell_with_inject_alone_starts_from_zeros():
+    class Injecting(nn.Module):
+        def inject(self, x, memory=None):
+            return 2.0 * x
+
+        def forward(self, z, injection):
+            return 0.5 * z + injection
+
+    x = torch.randn(3, 4)
+    solution = DEQ(Injecting(), solver=FixedPointIteration(rtol=1e-6, max_steps=100))(x)
+    torch.testing.assert_close(solution.value, 4.0 * x, rtol=1e-4, atol=1e-4)

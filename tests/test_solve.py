@@ -586,3 +586,10 @@ def test_backward_inside_an_autocast_region_is_the_same():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (inside,) = torch.autograd.grad(value().sum(), module.weight)
     assert (inside - outside).norm() < 0.05 * outside.norm()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_map_that_changes_its_argument_in_place_is_an_error(grad):
+    """Else the iterate would follow the map, and its residual would be zero."""
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError), match=r"in.place"):
+        fixed_point(lambda z: z.mul_(0.5).add_(1.0), torch.zeros(2, 3))

@@ -9,7 +9,8 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from deepeq import __version__
-from deepeq.data import SegmentStream, load_corpus
+from deepeq.data import SegmentStream
+from deepeq.solution import ConvergenceError
 from deepeq.train import Interrupted, RunFolder, TrainingError, evaluate, generate, plot_run, train
 from deepeq.train.config import add_run_arguments, run_config
 from deepeq.train.metrics import quality
@@ -21,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
         _COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
-    except (TrainingError, MemoryError) as error:
+    except (TrainingError, ConvergenceError, FloatingPointError, MemoryError) as error:
         return _fail(1, error)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return _fail(2, error)
     except Interrupted as error:
         return _fail(130, error)
@@ -41,7 +42,10 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="deepeq", description="Deep equilibrium models.", version=__version__)
     commands = parser.add_subcommands(dest="subcommand")
 
-    training = ArgumentParser(description="Train a language model; the last line of stdout is its result as JSON.")
+    training = ArgumentParser(
+        description="Train a language model; the last line of stdout is its result as JSON.",
+        usage="deepeq train --config RECIPE [--FIELD VALUE ...]    (deepeq train --help lists the fields)",
+    )
     add_run_arguments(training)
     commands.add_subcommand("train", training, help="train a language model from a recipe")
 
@@ -74,10 +78,9 @@ def _train(arguments: Namespace) -> None:
 
 
 def _eval(arguments: Namespace) -> None:
-    config, vocabulary, model = RunFolder(Path(arguments.run)).load_model()
-    corpus = load_corpus(config.data)
-    if corpus.vocabulary != vocabulary:
-        raise ValueError(f"the text that {arguments.run} was trained on has changed; its vocabulary is another now")
+    folder = RunFolder(Path(arguments.run))
+    config, vocabulary, model = folder.load_model()
+    corpus = folder.load_corpus(config)
     stream = SegmentStream(
         getattr(corpus, arguments.split),
         batch_size=config.train.eval_batch_size if arguments.batch_size is None else arguments.batch_size,
@@ -99,9 +102,12 @@ def _generate(arguments: Namespace) -> None:
         generator=torch.Generator().manual_seed(arguments.seed),
     )
     print(arguments.prompt, end="", flush=True)
-    glue = "" if vocabulary.level == "character" else " "
+    after = arguments.prompt
     for token in tokens:
-        print(glue + vocabulary.decode([token]), end="", flush=True)
+        text = vocabulary.decode([token])
+        glue = vocabulary.level == "word" and not after.endswith("\n") and not text.startswith("\n")
+        print(" " * glue + text, end="", flush=True)
+        after = text
     print()
 
 

@@ -16,14 +16,10 @@ from deepeq.solvers import Solver
 
 @runtime_checkable
 class InjectingCell(Protocol):
-    """A cell that prepares what does not depend on `z` once per solve, and knows its first state."""
+    """A cell that prepares what does not depend on `z` once per solve."""
 
     def inject(self, x: Any, memory: Any = None) -> Any:
         """All that `cell(z, injection)` needs besides `z`: projections, positions, masks, normalized weights."""
-        ...
-
-    def initial_state(self, x: Any) -> Any:
-        """The first iterate, zeros in the paper."""
         ...
 
 
@@ -38,18 +34,23 @@ class _TiedLayer(nn.Module):
 
     def _prepare(self, x: Any, z0: Any, memory: Any) -> tuple[Any, Any]:
         if isinstance(self.cell, InjectingCell):
-            return self.cell.inject(x, memory), self.cell.initial_state(x) if z0 is None else z0
-        if memory is not None:
+            injection = self.cell.inject(x, memory)
+        elif memory is None:
+            injection = x
+        else:
             raise ValueError(f"memory was given, but {type(self.cell).__name__} has no inject(x, memory) to take it")
-        return x, pytree.tree_map(torch.zeros_like, x) if z0 is None else z0
+        if z0 is None:
+            z0 = getattr(self.cell, "initial_state", _zeros_like)(x)
+        return injection, z0
 
 
 class DEQ(_TiedLayer):
     """A layer whose output is the equilibrium `z* = cell(z*, x)` (Bai et al. 2019, eq. 2).
 
     Called as `layer(x, z0=None, memory=None) -> Solution`. A cell is any module called as `cell(z, injection)`. If it
-    has `inject(x, memory)` and `initial_state(x)`, they run once per solve; otherwise the injection is `x` itself and
-    the first state is zeros of the shape of `x`. Gradients reach `x`, `memory` and the cell's parameters.
+    has `inject(x, memory)`, that runs once per solve; otherwise the injection is `x` itself. The first state is the
+    cell's `initial_state(x)` if it has one, else zeros of the shape of `x`. Gradients reach `x`, `memory` and the
+    cell's parameters.
 
     Args:
         cell: The map, pure in `z` for a given injection.
@@ -109,6 +110,10 @@ class Unrolled(_TiedLayer):
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}"
+
+
+def _zeros_like(x: Any) -> Any:
+    return pytree.tree_map(torch.zeros_like, x)
 
 
 def _relative_residual(z: Tensor, fz: Tensor) -> Tensor:

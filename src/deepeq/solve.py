@@ -96,8 +96,14 @@ def _solve(
     packing = Packing(z0)
 
     def packed(flat: torch.Tensor) -> torch.Tensor:
-        z = packing.unpack(flat)
-        return as_map(flat, packing.pack(function(z), name))
+        version = None if flat.is_inference() else flat._version
+        fz = packing.pack(function(packing.unpack(flat)), name)
+        if version is not None and flat._version != version:
+            raise ValueError(
+                f"{name} changed its argument in place, and with it the iterate; use operations that make new tensors "
+                "(inplace=False)"
+            )
+        return as_map(flat, fz)
 
     solution = adjoint.solve(packed, packing.pack(z0, "z0"), solver)
     solution = solution._replace(value=packing.unpack(solution.value))

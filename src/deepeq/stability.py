@@ -46,19 +46,13 @@ def jacobian_penalty(
     packing = Packing(z)
     point = packing.pack(z, "z").detach()
     mapped = _packed(f, packing)
-    total, products = point.new_zeros(()), _product(mapped, point) if form == "hutchinson" else None
-    fz = mapped(point) if products is None else point
+    product = _transposed_product(mapped, point) if form == "hutchinson" else _difference(mapped, point, step)
+    total = point.new_zeros(())
     for _ in range(num_probes):
         v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
-        if products is not None:
-            column = products(v, torch.is_grad_enabled())
-        else:
-            size = two_norm(point)
-            size = torch.where(size > 0, size, point.shape[1] ** 0.5)  # at the origin: one a component
-            h = (step * size / two_norm(v)).unsqueeze(1)
-            column = (mapped(point + h * v) - fz) / h
-        total = total + inner(column, column).mean()
-    return total / (num_probes * max(1, point.shape[1]))
+        column = product(v, torch.is_grad_enabled())
+        total = total + inner(column, column).sum()
+    return total / max(1, num_probes * point.numel())
 
 
 def spectral_radius(
@@ -73,11 +67,11 @@ def spectral_radius(
     Raises:
         ValueError: `num_steps` is below 2.
     """
-    if num_steps < 2:
+    if not isinstance(num_steps, int) or num_steps < 2:
         raise ValueError(f"num_steps={num_steps!r} must be a whole number >= 2")
     packing = Packing(z)
     point = packing.pack(z, "z").detach()
-    product = _product(_packed(f, packing), point)
+    product = _transposed_product(_packed(f, packing), point)
     v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
     v = v / two_norm(v).unsqueeze(1)
     log_growth = point.new_zeros(point.shape[0])
@@ -95,7 +89,19 @@ def _packed(f: Callable[[Any], Any], packing: Packing) -> Callable[[Tensor], Ten
     return lambda flat: packing.pack(f(packing.unpack(flat)))
 
 
-def _product(f: Callable[[Tensor], Tensor], point: Tensor) -> Callable[[Tensor, bool], Tensor]:
+def _difference(f: Callable[[Tensor], Tensor], point: Tensor, step: float) -> Callable[[Tensor, bool], Tensor]:
+    """`v, _ -> J v` at a point, as a difference of two evaluations; differentiable where gradients are enabled."""
+    fz, size = f(point), two_norm(point)
+    size = torch.where(size > 0, size, point.shape[1] ** 0.5)  # at the origin: one a component
+
+    def product(v: Tensor, create_graph: bool) -> Tensor:
+        h = (step * size / two_norm(v)).unsqueeze(1)
+        return (f(point + h * v) - fz) / h
+
+    return product
+
+
+def _transposed_product(f: Callable[[Tensor], Tensor], point: Tensor) -> Callable[[Tensor, bool], Tensor]:
     """`v, create_graph -> J^T v` at a point, from one graph of `f`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("Jacobian products need gradients; call this outside torch.inference_mode()")

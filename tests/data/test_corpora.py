@@ -222,7 +222,7 @@ def test_penn_treebank_is_read_from_the_folder_or_else_from_the_data_folder(
     [
         ({"corpus": "enwik8"}, "data.corpus must be 'pydoc' or 'penn_treebank', got 'enwik8'"),
         ({"level": "byte"}, "data.level must be 'character' or 'word', got 'byte'"),
-        ({"files": "a.txt"}, "data.files must be a tuple of paths as strings, got 'a.txt'"),
+        ({"files": ["a.txt"]}, "data.files must be a tuple of paths as strings, got ['a.txt']"),
         ({"files": ("a.txt", "")}, "data.files must be a tuple of paths as strings, got ('a.txt', '')"),
         (
             {"corpus": "penn_treebank", "level": "word", "folder": ""},

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from deepeq.models import LanguageModel, Memory, TransformerConfig, nll
 from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
@@ -82,8 +84,6 @@ def test_checkpoint_of_another_model_is_refused_and_changes_nothing(saved: tuple
 
 
 def test_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     path = tmp_path / "last.safetensors"
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="no checkpoint of this version"):
@@ -105,10 +105,30 @@ def test_failed_write_leaves_the_previous_checkpoint_whole(saved: tuple, monkeyp
 
     def full_disk(*arguments: object, **options: object) -> None:
         path.with_suffix(".tmp").write_bytes(b"half a file")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("No space left on device")  # what the library makes of it
 
     monkeypatch.setattr("deepeq.train.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="last.safetensors cannot be written: No space left"):
         save_checkpoint(path, model, progress={"step": 2}, optimizer=optimizer)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["last.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["progress", "memory", "random"])
+def test_checkpoint_with_a_part_missing_is_damaged_and_changes_nothing(saved: tuple, damage: str) -> None:
+    path, model, _ = saved
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {"memory.x": torch.ones(1), "memory.z": torch.ones(1), "random.cpu": torch.get_rng_state()}
+    metadata = {"format": "deepeq-checkpoint-1", "progress": "{}"}
+    if damage == "progress":
+        del metadata["progress"]
+    elif damage == "memory":
+        del tensors["memory.z"]
+    else:
+        tensors["random.cpu"] = torch.zeros(3, dtype=torch.uint8)
+    save_file(tensors, path, metadata=metadata)
+    other = make_model()
+    before = other.embedding.clone()
+    with pytest.raises(ValueError, match="last.safetensors is damaged"):
+        load_checkpoint(path, other, make_optimizer(other, OptimizerConfig()))
+    assert torch.equal(other.embedding, before)

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from deepeq import Broyden
-from deepeq.cli import main
-from deepeq.train.config import EquilibriumConfig, FolderConfig, OptimizerConfig, RunConfig, load_config, save_config
+from deepeq import Anderson, Broyden
+from deepeq.cli import _parser, main
+from deepeq.train.config import (
+    EquilibriumConfig,
+    FolderConfig,
+    OptimizerConfig,
+    RunConfig,
+    load_config,
+    run_config,
+    save_config,
+)
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -58,9 +66,35 @@ def test_mistake_in_a_recipe_is_named_and_exits_with_2(
 
 
 def test_mistakes_of_one_part_are_named_together() -> None:
-    with pytest.raises(ValueError, match=r"optimizer.lr=0.0 must be > 0; optimizer.min_lr_share=2.0"):
+    with pytest.raises(ValueError, match=r"optimizer.lr=0.0 must be > 0 and finite; optimizer.min_lr_share=2.0"):
         OptimizerConfig(lr=0.0, min_lr_share=2.0)
     with pytest.raises(ValueError, match=r"equilibrium.warm_up_share=1.0 .*; equilibrium.warm_up_depth=0"):
         EquilibriumConfig(warm_up_share=1.0, warm_up_depth=0)
     with pytest.raises(ValueError, match=r"run.resume=True needs run.dir"):
         FolderConfig(resume=True)
+
+
+def test_options_of_a_default_solver_do_not_leak_into_another_class(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "equilibrium: {solver: {class_path: deepeq.Broyden, init_args: {max_steps: 20}}, "
+        "backward: {class_path: deepeq.Anderson}}"
+    )
+    equilibrium = load_config(tmp_path / "recipe.yaml").equilibrium
+    assert equilibrium.solver == Broyden(max_steps=20)
+    assert equilibrium.backward == Anderson()
+    assert equilibrium.evaluation == EquilibriumConfig().with_defaults().evaluation
+
+
+def test_configuration_of_a_run_that_was_cut_short_is_damaged(config: RunConfig, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    path.write_text(path.read_text().split("train:")[0])
+    load_config(path)  # a recipe may leave out what it likes
+    with pytest.raises(ValueError, match="config.yaml is damaged: it lacks train, run"):
+        load_config(path, complete=True)
+
+
+@pytest.mark.parametrize("spelling", ["my.txt", "[my.txt]", "['my.txt']", '["my.txt"]'])
+def test_one_file_may_be_spelled_in_any_way(spelling: str) -> None:
+    parsed = _parser().parse_args(["train", f"--data.files={spelling}"])
+    assert run_config(_parser().instantiate(parsed).train).data.files == ("my.txt",)

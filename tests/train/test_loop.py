@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepeq import DEQ, Broyden
 from deepeq.cli import main
 from deepeq.models import LanguageModel
 from deepeq.train import Interrupted, RunConfig, RunFolder, Trainer, TrainingError, evaluate, generate, plot_run, train
+from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
 from deepeq.train.metrics import read_metrics
 from tests.train.conftest import with_run, with_train
 
@@ -101,7 +103,7 @@ def test_non_finite_value_stops_before_the_optimizer(
     with pytest.raises(TrainingError, match=r"step 1: .*(nan|inf|non-finite)"):
         trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    assert not trainer.folder.last.exists()
+    assert load_checkpoint(trainer.folder.last, trainer.model)[0]["step"] == 0
 
 
 def test_folder_in_use_and_missing_checkpoint_are_refused(config: RunConfig) -> None:
@@ -110,6 +112,68 @@ def test_folder_in_use_and_missing_checkpoint_are_refused(config: RunConfig) -> 
         train(config)
     with pytest.raises(ValueError, match="does not exist; start the run without it"):
         train(with_run(config, resume=True, dir=str(Path(config.run.dir or "") / "elsewhere")))
+
+
+def test_run_killed_before_its_first_checkpoint_goes_on(config: RunConfig) -> None:
+    trainer = Trainer(with_train(config, checkpoint_every=100), RunFolder(Path(config.run.dir or "")))
+    trainer._validate = lambda: os.kill(os.getpid(), signal.SIGTERM) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()
+    assert train(with_run(config, resume=True))["num_steps"] == 12
+
+
+@pytest.mark.parametrize("part", ["model", "train", "text", "steps"])
+def test_resuming_another_run_is_refused_and_changes_nothing(config: RunConfig, part: str, tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("abcdefgh hgfedcba " * 100)
+    config = replace(config, data=replace(config.data, files=(str(own),)))
+    train(with_train(config, steps=4))
+    folder = RunFolder(Path(config.run.dir or ""))
+    before = folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes()
+    other = with_run(config, resume=True)
+    if part == "model":
+        other = replace(other, model=replace(other.model, d_inner=16))
+    elif part == "train":
+        other = with_train(other, segment_len=4)
+    elif part == "text":
+        own.write_text("hgfedcba abcdefgh " * 100)
+    else:
+        other = with_train(other, steps=2)
+    message = {"model": "another model.d_inner", "train": "another train.segment_len", "text": "text .* has changed"}
+    with pytest.raises(ValueError, match=message.get(part, "past train.steps=2")):
+        train(other)
+    assert before == (folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes())
+
+
+def test_resuming_a_finished_run_repeats_its_result(config: RunConfig) -> None:
+    first, again = train(config), train(with_run(config, resume=True))
+    assert first["test_bits_per_character"] == again["test_bits_per_character"]
+    assert len(losses(Path(first["run_dir"]), "test")) == 1
+
+
+def test_second_process_is_kept_out_of_the_folder(config: RunConfig) -> None:
+    with RunFolder(Path(config.run.dir or "")).lock(), pytest.raises(ValueError, match="another process is training"):
+        train(config)
+
+
+def test_text_too_short_for_the_batch_is_named_before_training(config: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"the valid text and train.eval_batch_size do not fit"):
+        train(with_train(config, eval_batch_size=500))
+
+
+def test_damaged_parameters_fail_the_command_with_one_sentence(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(with_train(config, steps=1))
+    folder = RunFolder(Path(config.run.dir or ""))
+    _, _, model = folder.load_model()
+    with torch.no_grad():
+        model.embedding.fill_(math.nan)
+    save_checkpoint(folder.best, model, progress={})
+    capsys.readouterr()
+    for command in (["eval"], ["generate", "--prompt", "a"]):
+        assert main([*command, "--run", str(folder.path)]) == 1
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_path: Path) -> None:
@@ -218,6 +282,8 @@ def test_generation_checks_its_arguments_and_greedy_takes_the_likeliest(config: 
         generate(model, prompt[:0], num_tokens=1)
     with pytest.raises(ValueError, match="temperature=-1.0"):
         generate(model, prompt, num_tokens=1, temperature=-1.0)
+    assert list(generate(model, prompt, num_tokens=0)) == []
+    assert len(list(generate(model, prompt, num_tokens=2, temperature=1e-40))) == 2
     greedy = list(generate(model, prompt, num_tokens=3, temperature=0.0))
     assert greedy == list(generate(model, prompt, num_tokens=3, top_k=1))
     with torch.no_grad():
@@ -232,7 +298,7 @@ def test_plot_without_measurements_says_so(tmp_path: Path) -> None:
 
 def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
     trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
-    stream = trainer._evaluation_stream(trainer.corpus.valid)
+    stream = trainer.streams["valid"]
     lengths = {targets.shape[1] for _, targets in stream}
     assert len(lengths) == 2  # the last segment is shorter
     values, memory, total = evaluate(trainer.model, stream), None, 0.0
@@ -242,3 +308,21 @@ def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
         total -= float(picked.sum().detach())
     assert values["num_tokens"] == sum(targets.numel() for _, targets in stream)
     assert values["nll"] == pytest.approx(total / values["num_tokens"], rel=1e-5)
+
+
+@pytest.mark.parametrize("memory_len", [0, 20])
+def test_generation_sees_the_whole_prompt_whatever_the_segments(config: RunConfig, memory_len: int) -> None:
+    model = LanguageModel(7, replace(config.model, memory_len=memory_len, init_std=0.15)).double()
+    with torch.no_grad():  # injected values outweigh the residual connection, so that the equilibrium is one
+        model.embedding *= 5
+        model.cell.output.weight *= 8
+    model.core = DEQ(model.cell, solver=Broyden(rtol=1e-11, max_steps=200))
+    prompt = torch.arange(10) % 7
+    expected = []
+    for _ in range(4):
+        with torch.no_grad():
+            tokens = torch.cat([prompt, torch.tensor(expected, dtype=torch.int64)])
+            expected.append(int(model(tokens.unsqueeze(0)).logits[0, -1].argmax()))
+    segments = (3, 10, 20) if memory_len else (20,)
+    for segment_len in segments:
+        assert list(generate(model, prompt, num_tokens=4, temperature=0.0, segment_len=segment_len)) == expected

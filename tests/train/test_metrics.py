@@ -40,7 +40,7 @@ def test_resumed_file_drops_the_lines_past_its_checkpoint(tmp_path: Path) -> Non
 def test_damaged_line_is_named_and_missing_file_too(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("oops\n" + json.dumps({"split": "train", "step": 1}) + "\n")
-    with pytest.raises(ValueError, match=r"line 1 of .*metrics.jsonl is not JSON"):
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics.jsonl is no JSON object"):
         read_metrics(path)
     with pytest.raises(FileNotFoundError, match="is .* the folder of a run"):
         read_metrics(tmp_path / "nothing" / "metrics.jsonl")

@@ -30,7 +30,7 @@ class DataConfig:
 
     corpus: CorpusName = "pydoc"
     """The text: `pydoc` is the language reference in every CPython, `penn_treebank` lies in `folder`."""
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] | str = ()
     """Paths of the user's own UTF-8 text files, joined in this order by newlines; they replace `corpus`."""
     folder: str | None = None
     """Path of the folder of Penn Treebank's train.txt, valid.txt and test.txt; None means the folder `ptb`
@@ -40,6 +40,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the fields, one by one and together."""
+        if isinstance(self.files, str):  # one file, as on a command line
+            object.__setattr__(self, "files", (self.files,))
         problems = self._type_problems() + self._conflicts()
         if problems:
             raise ValueError("; ".join(problems) + ".")
@@ -52,7 +54,6 @@ class DataConfig:
         ):
             if value not in allowed:
                 problems.append(f"data.{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-        # A lone string is a tuple of characters to whoever iterates over it, and "" is the current folder.
         if not isinstance(self.files, tuple) or not all(isinstance(f, str) and f for f in self.files):
             problems.append(f"data.files must be a tuple of paths as strings, got {self.files!r}")
         if self.folder is not None and not (isinstance(self.folder, str) and self.folder):

@@ -4,7 +4,6 @@ Shapes: N tokens of one text, V size of the vocabulary.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from deepeq.data.files import write_atomically
 
 Level = Literal["character", "word"]
 
@@ -119,13 +120,7 @@ class Vocabulary:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: create the folder {path.parent} first.")
         content = {"format": _FORMAT, "level": self.level, "tokens": self.tokens}
-        # The process id keeps the workers of one run, which may all save at once, apart.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(content, indent=0), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, json.dumps(content, indent=0))
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":

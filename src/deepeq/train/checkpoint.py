@@ -48,6 +48,8 @@ def save_checkpoint(
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,20 +71,21 @@ def load_checkpoint(
     tensors, metadata = _read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this version of deepeq (format {metadata.get('format')!r})")
+    try:
+        progress = json.loads(metadata["progress"])
+        memory = Memory(tensors["memory.x"], tensors["memory.z"]) if "memory.x" in tensors else None
+        random_state = None if optimizer is None else tensors.get("random.cpu")
+        if random_state is not None:
+            torch.Generator().set_state(random_state)  # before anything is changed
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
+    if optimizer is not None and random_state is None:
+        raise ValueError(f"{path} holds no optimizer state, so training cannot go on from it; use last.safetensors")
     _load_model(path, model, _part(tensors, "model."))
-    if optimizer is not None:
-        if "random.cpu" not in tensors:
-            raise ValueError(f"{path} holds no optimizer state, so training cannot go on from it; use last.safetensors")
-        kept = _part(tensors, "optimizer.")
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                prefix = f"{names[parameter]}/"
-                state = {key: _place(value, parameter) for key, value in _part(kept, prefix).items()}
-                optimizer.state[parameter] = state
-        torch.set_rng_state(tensors["random.cpu"])
-    memory = Memory(tensors["memory.x"], tensors["memory.z"]) if "memory.x" in tensors else None
-    return json.loads(metadata["progress"]), memory
+    if optimizer is not None and random_state is not None:
+        _load_optimizer(model, optimizer, _part(tensors, "optimizer."))
+        torch.set_rng_state(random_state)
+    return progress, memory
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -102,6 +105,15 @@ def _load_model(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
             "use the configuration in its own run folder"
         )
     model.load_state_dict(saved)
+
+
+def _load_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = _part(saved, f"{names[parameter]}/")
+            if state:
+                optimizer.state[parameter] = {key: _place(value, parameter) for key, value in state.items()}
 
 
 def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,16 @@
 """What a run is made of: one frozen dataclass a part, one YAML file a run."""
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import math
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from deepeq.data import DataConfig
+from deepeq.data.files import write_atomically
 from deepeq.models import TransformerConfig
 from deepeq.solvers import GMRES, Anderson, Broyden, Solver
 
@@ -26,12 +29,13 @@ def _raise(owner: str, problems: list[str]) -> None:
 class EquilibriumConfig:
     """How equilibria are found and differentiated while training, and how the training warms up."""
 
-    solver: Solver = field(default_factory=lambda: Anderson(rtol=1e-2, max_steps=12))
-    """Forward solver while training."""
-    backward: Solver = field(default_factory=lambda: GMRES(rtol=1e-1, max_steps=8))
-    """Solver of the backward fixed point."""
-    evaluation: Solver = field(default_factory=lambda: Broyden(rtol=1e-3, max_steps=40, history_size=20))
-    """Forward solver of evaluation and generation."""
+    # None stands for the default: with a solver there, the parsing library would lend its options to another class.
+    solver: Solver | None = None
+    """Forward solver while training; default `Anderson(rtol=1e-2, max_steps=12)`."""
+    backward: Solver | None = None
+    """Solver of the backward fixed point; default `GMRES(rtol=1e-1, max_steps=8)`."""
+    evaluation: Solver | None = None
+    """Forward solver of evaluation and generation; default `Broyden(rtol=1e-3, max_steps=40, history_size=20)`."""
     warm_up_share: float = 0.2
     """Share of the steps that train a shallow stack of the cell first (Bai et al. 2019, appendix E); in [0, 1)."""
     warm_up_depth: int = 3
@@ -47,12 +51,21 @@ class EquilibriumConfig:
             problems.append(f"warm_up_share={self.warm_up_share!r} must lie in [0, 1)")
         if self.warm_up_depth < 1:
             problems.append(f"warm_up_depth={self.warm_up_depth!r} must be >= 1")
-        if not self.jacobian_weight >= 0.0 or not 0.0 < self.jacobian_share <= 1.0:
+        if not 0.0 <= self.jacobian_weight < math.inf or not 0.0 < self.jacobian_share <= 1.0:
             problems.append(
                 f"jacobian_weight={self.jacobian_weight!r} must be >= 0 and jacobian_share={self.jacobian_share!r} "
                 "must lie in (0, 1]"
             )
         _raise("equilibrium", problems)
+
+    def with_defaults(self) -> "EquilibriumConfig":
+        """The same with the default solvers in the place of None."""
+        return replace(
+            self,
+            solver=self.solver or Anderson(rtol=1e-2, max_steps=12),
+            backward=self.backward or GMRES(rtol=1e-1, max_steps=8),
+            evaluation=self.evaluation or Broyden(rtol=1e-3, max_steps=40, history_size=20),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +87,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.lr > 0.0:
-            problems.append(f"lr={self.lr!r} must be > 0")
+        if not 0.0 < self.lr < math.inf:
+            problems.append(f"lr={self.lr!r} must be > 0 and finite")
         if not 0.0 <= self.min_lr_share <= 1.0:
             problems.append(f"min_lr_share={self.min_lr_share!r} must lie in [0, 1]")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             problems.append(f"betas={self.betas!r} must lie in [0, 1)")
-        if self.warm_up_steps < 0 or self.weight_decay < 0.0:
-            problems.append(f"warm_up_steps={self.warm_up_steps!r}, weight_decay={self.weight_decay!r} must be >= 0")
+        if self.warm_up_steps < 0 or not 0.0 <= self.weight_decay < math.inf:
+            problems.append(f"warm_up_steps={self.warm_up_steps!r} and weight_decay={self.weight_decay!r} must be >= 0")
         if not self.max_gradient_norm > 0.0:
             problems.append(f"max_gradient_norm={self.max_gradient_norm!r} must be > 0")
         _raise("optimizer", problems)
@@ -110,7 +123,7 @@ class TrainConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic of the networks; solver algebra stays in float32."""
+    """Arithmetic of the networks in training; solver algebra and evaluation stay in float32."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -122,7 +135,12 @@ class TrainConfig:
             "checkpoint_every",
             "log_every",
         )
-        _raise("train", [f"{n}={getattr(self, n)!r} must be >= 1" for n in counts if getattr(self, n) < 1])
+        problems = [f"{name}={getattr(self, name)!r} must be >= 1" for name in counts if getattr(self, name) < 1]
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed={self.seed!r} must lie in [0, 2^63)")
+        if self.accelerator == "cuda" and not torch.cuda.is_available():
+            problems.append("accelerator='cuda' finds no CUDA device; use 'auto' or 'cpu'")
+        _raise("train", problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +155,8 @@ class FolderConfig:
     """Go on from the checkpoint in the folder."""
 
     def __post_init__(self) -> None:
+        if self.dir == "":
+            raise ValueError("run.dir='' must name a folder")
         if self.resume and self.dir is None:
             raise ValueError("run.resume=True needs run.dir, the folder of the run to go on with")
 
@@ -152,6 +172,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: FolderConfig = field(default_factory=FolderConfig)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "equilibrium", self.equilibrium.with_defaults())
+
 
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Give a parser `--config FILE` and an option for every field."""
@@ -164,26 +187,30 @@ def run_config(values: Namespace) -> RunConfig:
     return RunConfig(**{part.name: values[part.name] for part in fields(RunConfig)})
 
 
-def load_config(path: Path) -> RunConfig:
-    """The configuration that a run saved.
+def load_config(path: Path, *, complete: bool = False) -> RunConfig:
+    """The configuration in a recipe, or in the `complete` file that a run saved.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not describe a run.
+        ValueError: the file does not describe a run, or lacks a part though it should be complete.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} the folder of a run?")
     parser = ArgumentParser(exit_on_error=False)
     add_run_arguments(parser)
     try:
-        return run_config(parser.instantiate(parser.parse_args(["--config", str(path)])))
+        config = run_config(parser.instantiate(parser.parse_args(["--config", str(path)])))
     except Exception as error:  # the parsing library raises many kinds; all mean that the file is at fault
         raise ValueError(f"{path} is not the configuration of a run: {' '.join(str(error).split())}") from error
+    missing = [part.name for part in fields(RunConfig) if part.name not in (yaml.safe_load(path.read_text()) or {})]
+    if complete and missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return config
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration as YAML that `load_config` and `--config` read."""
-    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+    write_atomically(path, yaml.safe_dump(_plain(config), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,10 @@ def evaluate(model: LanguageModel, stream: SegmentStream) -> dict[str, Any]:
     """Mean `nll` in nats a token, `num_tokens`, and how the equilibria were found, over a whole stream.
 
     The model is used as it is: with its own `core` and memory length.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        ConvergenceError: an equilibrium is not finite.
     """
     averages, memory = Averages(), None
     for tokens, targets in stream:
@@ -24,5 +28,5 @@ def evaluate(model: LanguageModel, stream: SegmentStream) -> dict[str, Any]:
         averages.add_solution("forward", solution)
     result = averages.compute()
     if not math.isfinite(result["nll"]):
-        raise ValueError(f"the loss of the model on this text is {result['nll']}; its parameters are damaged")
+        raise FloatingPointError(f"the loss of the model on this text is {result['nll']}; its parameters are damaged")
     return result | {"num_tokens": stream.num_tokens}

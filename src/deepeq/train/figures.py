@@ -1,5 +1,6 @@
 """Figures of a run: loss, steps over training (figure 2 left), residual against step (figure 2 right)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deepeq.data import SegmentStream, load_corpus
+from deepeq.data import SegmentStream
 from deepeq.deq import DEQ
 from deepeq.solvers import FixedPointIteration
 from deepeq.train.folder import RunFolder
 from deepeq.train.metrics import read_metrics
 
-_LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity"}
+_LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity", "nll": "nats a token"}
 _CONVERGENCE_STEPS = 60
 
 
@@ -58,7 +59,7 @@ def _shade_warm_up(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _loss(rows: list[dict[str, Any]]) -> Figure:
-    name = next(name for name in _LABELS if any(name in row for row in rows))
+    name = next((name for name in _LABELS if any(name in row for row in rows)), "nll")
     figure, axes = _figure("Training", "optimizer step", _LABELS[name])
     _shade_warm_up(axes, rows)
     axes.plot(*_series(rows, "train", name), linewidth=1, label="training")
@@ -87,15 +88,16 @@ def _steps(rows: list[dict[str, Any]]) -> Figure:
 def _residuals(folder: RunFolder) -> tuple[dict[str, Tensor], int]:
     """Relative residuals `(steps, B)` on validation text, of the solver of evaluation and of stacking the cell."""
     config, _, model = folder.load_model()
-    corpus = load_corpus(config.data)
+    corpus = folder.load_corpus(config)
     stream = SegmentStream(corpus.valid, batch_size=config.train.eval_batch_size, segment_len=config.train.segment_len)
     _, memory, _ = model(stream.segment(0)[0])
     x = model.embed(stream.segment(min(1, stream.num_segments - 1))[0])
-    tight = {"rtol": 1e-6, "max_steps": _CONVERGENCE_STEPS}
-    solver = type(config.equilibrium.evaluation)
+    assert config.equilibrium.evaluation is not None
+    solver = replace(config.equilibrium.evaluation, rtol=1e-6, atol=0.0, max_steps=_CONVERGENCE_STEPS)
+    stack = FixedPointIteration(rtol=1e-6, max_steps=_CONVERGENCE_STEPS)
     traces = {
-        f"DEQ ({solver.__name__})": DEQ(model.cell, solver=solver(**tight))(x, memory=memory).trace,
-        "stacking the cell": DEQ(model.cell, solver=FixedPointIteration(**tight))(x, memory=memory).trace,
+        f"DEQ ({type(solver).__name__})": DEQ(model.cell, solver=solver)(x, memory=memory).trace,
+        "stacking the cell": DEQ(model.cell, solver=stack)(x, memory=memory).trace,
     }
     return traces, x.shape[1]
 

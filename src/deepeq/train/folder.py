@@ -1,8 +1,11 @@
 """The files of a run folder."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from deepeq.data import Vocabulary
+from deepeq.data import Corpus, Vocabulary, load_corpus
 from deepeq.deq import DEQ
 from deepeq.models import LanguageModel
 from deepeq.train.checkpoint import load_checkpoint
@@ -30,8 +33,34 @@ class RunFolder:
             FileNotFoundError: the folder holds no run, or no checkpoint yet.
             ValueError: a file in it is damaged.
         """
-        config, vocabulary = load_config(self.config), Vocabulary.load(self.vocabulary)
+        config, vocabulary = load_config(self.config, complete=True), Vocabulary.load(self.vocabulary)
         model = LanguageModel(len(vocabulary), config.model)
         load_checkpoint(self.best if self.best.exists() else self.last, model)
         model.core = DEQ(model.cell, solver=config.equilibrium.evaluation)
         return config, vocabulary, model.eval()
+
+    def load_corpus(self, config: RunConfig) -> Corpus:
+        """The text that the run was trained on.
+
+        Raises:
+            ValueError: it has changed since.
+        """
+        corpus = load_corpus(config.data)
+        if corpus.vocabulary != Vocabulary.load(self.vocabulary):
+            raise ValueError(f"the text that {self.path} was trained on has changed; its vocabulary is another now")
+        return corpus
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the folder.
+
+        Raises:
+            ValueError: one is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is training in {self.path}; choose another --run.dir") from error
+            yield

@@ -20,8 +20,9 @@ def generate(
 ) -> Iterator[int]:
     """Sample tokens that continue a prompt `(N,)`, one at a time.
 
-    Each token costs one solve at one position: what came before is in the memory, whose equilibria do not depend on
-    what follows. The prompt is read in segments.
+    Each token costs one solve at one position: what came before is in the memory, as far as `memory_len` reaches, and
+    its equilibria do not depend on what follows. The prompt is read in segments. A model without memory solves for its
+    last `segment_len` tokens instead.
 
     Args:
         model: A model whose `core` is the one to sample with.
@@ -54,24 +55,27 @@ def _sample(
     segment_len: int,
     generator: torch.Generator | None,
 ) -> Iterator[int]:
-    device, memory, logits = model.embedding.device, None, None
-    with torch.no_grad():
-        for segment in prompt.split(segment_len):
-            logits, memory, _ = model(segment.unsqueeze(0).to(device), memory)
-    for index in range(num_tokens):
-        assert logits is not None
-        token = _choose(logits[0, -1].float(), temperature, top_k, generator)
+    device, memory = model.embedding.device, None
+    *earlier, tokens = prompt.unsqueeze(0).to(device).split(segment_len, dim=1)  # (1, T) each
+    for segment in earlier:
+        with torch.no_grad():
+            _, memory, _ = model(segment, memory)
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            logits, memory, _ = model(tokens, memory)
+        token = _choose(logits[0, -1], temperature, top_k, generator)
         yield token
-        if index + 1 < num_tokens:
-            with torch.no_grad():
-                logits, memory, _ = model(torch.tensor([[token]], device=device), memory)
+        new = torch.tensor([[token]], device=device)
+        tokens = new if memory is not None else torch.cat([tokens, new], dim=1)[:, -segment_len:]
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> int:
+    logits = logits.double()
     if temperature == 0.0:
         return int(logits.argmax())
     if top_k:
         least = logits.topk(min(top_k, logits.numel())).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = torch.softmax(logits / temperature, dim=0).cpu()
+    # Measured from the largest and in float64, so that a tiny temperature does not overflow.
+    probabilities = torch.softmax((logits - logits.max()) / temperature, dim=0).cpu()
     return int(torch.multinomial(probabilities, 1, generator=generator))

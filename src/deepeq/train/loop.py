@@ -1,10 +1,13 @@
 """The training loop."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import resource
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +22,13 @@ from torch import Tensor
 
 from deepeq.adjoint import ImplicitAdjoint
 from deepeq.data import Corpus, SegmentStream, load_corpus, unigram_bits
+from deepeq.data.files import write_atomically
 from deepeq.deq import DEQ, Unrolled
 from deepeq.models import LanguageModel, Memory, ModelOutput, nll
 from deepeq.solution import ConvergenceError, Solution
 from deepeq.stability import jacobian_penalty
 from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
-from deepeq.train.config import RunConfig, save_config
+from deepeq.train.config import RunConfig, load_config, save_config
 from deepeq.train.display import Display
 from deepeq.train.evaluation import evaluate
 from deepeq.train.figures import plot_run
@@ -46,7 +50,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """The result of a run: trains, evaluates the best checkpoint on the test text, draws the figures, writes a sample.
 
     Raises:
-        ValueError: the run folder is in use, or holds another run.
+        ValueError: the run folder is in use, holds a run already, or cannot be resumed with this configuration.
         TrainingError: the loss or the gradient became non-finite; the parameters of the step before are untouched.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
@@ -54,9 +58,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     torch.set_flush_denormal(True)
     folder = _open_folder(config)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder.path)))
-    trainer = Trainer(config, folder)
-    trainer.fit()
-    return trainer.finish()
+    with folder.lock():
+        trainer = Trainer(config, folder)
+        trainer.fit()
+        return trainer.finish()
 
 
 def _open_folder(config: RunConfig) -> RunFolder:
@@ -64,7 +69,7 @@ def _open_folder(config: RunConfig) -> RunFolder:
     folder = RunFolder(Path(config.run.dir) if config.run.dir is not None else Path("runs") / name)
     if config.run.resume and not folder.last.exists():
         raise ValueError(f"run.resume=True, but {folder.last} does not exist; start the run without it")
-    if not config.run.resume and folder.config.exists():
+    if not config.run.resume and (folder.last.exists() or folder.best.exists()):
         raise ValueError(
             f"{folder.path} already holds a run; add --run.resume true to go on with it, or choose another --run.dir"
         )
@@ -76,22 +81,21 @@ class Trainer:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
-        folder.path.mkdir(parents=True, exist_ok=True)
         logger = TensorBoardLogger(root_dir=folder.path, name="", version="")
-        self.fabric = Fabric(
-            accelerator=config.train.accelerator, devices=1, precision=config.train.precision, loggers=logger
-        )
+        accelerator = config.train.accelerator
+        if accelerator == "auto":  # Fabric's own choice may be a device without float64, which the solvers use
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        self.fabric = Fabric(accelerator=accelerator, devices=1, precision=config.train.precision, loggers=logger)
         self.fabric.launch()
         torch.manual_seed(config.train.seed)
         self.corpus: Corpus = load_corpus(config.data)
-        self.stream = SegmentStream(
-            self.corpus.train, batch_size=config.train.batch_size, segment_len=config.train.segment_len
-        )
+        self.streams = {split: self._stream(split) for split in ("train", "valid", "test")}
         self.model = LanguageModel(len(self.corpus.vocabulary), config.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self._forward, self._wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
 
         cell, equilibrium = self.model.cell, config.equilibrium
+        assert equilibrium.backward is not None
         self._averages = Averages()
         adjoint = ImplicitAdjoint(
             solver=equilibrium.backward, callback=lambda solution: self._averages.add_solution("backward", solution)
@@ -105,6 +109,7 @@ class Trainer:
         self.memory: Memory | None = None
         if config.run.resume:
             self._resume()
+        folder.path.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(folder.metrics, step=self.step)
         save_config(config, folder.config)
         self.corpus.vocabulary.save(folder.vocabulary)
@@ -114,8 +119,12 @@ class Trainer:
         train, start = self.config.train, time.perf_counter() - self.seconds
         with Display(train.steps, start=self.step) as self.display, _stop_on_signal() as stop:
             self.display.say(self._headline())
+            if self.step == 0:
+                self._save(self.folder.last, self.optimizer)  # so that a run killed early can go on
             since, tokens = time.perf_counter(), 0
             while self.step < train.steps:
+                if self.step == self.warm_up_steps:
+                    self._averages = Averages()
                 tokens += self._train_step()
                 self.step += 1
                 self.display.step(self.step)
@@ -131,16 +140,17 @@ class Trainer:
                 if self.step % train.checkpoint_every == 0 or self.step == train.steps or stop:
                     self._save(self.folder.last, self.optimizer)
                 if stop and self.step < train.steps:
+                    recipe = shlex.quote(str(self.folder.config))
                     raise Interrupted(
-                        f"stopped at step {self.step} of {train.steps}; go on with: deepeq train --config "
-                        f"{self.folder.config} --run.resume true"
+                        f"stopped at step {self.step} of {train.steps}; go on with: deepeq train --config {recipe} "
+                        "--run.resume true"
                     )
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best checkpoint on the test text; write the figures, the sample and the result."""
         load_checkpoint(self.folder.best, self.model)
         self.model.core = self.evaluation
-        values = evaluate(self.model, self._evaluation_stream(self.corpus.test))
+        values = evaluate(self.model, self.streams["test"])
         test = quality(self.corpus.vocabulary.level, values["nll"])
         self._metrics.write("test", self.step, values | test)
         self._write_sample()
@@ -165,16 +175,16 @@ class Trainer:
             "seed": self.config.train.seed,
             "run_dir": str(self.folder.path),
         }
-        self.folder.result.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(self.folder.result, json.dumps(result, indent=1) + "\n")
         shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}
         self.display.table(f"{self.corpus.name}: result", shown)
         return result
 
     def _train_step(self) -> int:
-        position = self.step % self.stream.num_segments
+        position = self.step % self.streams["train"].num_segments
         if position == 0:
             self.memory = None
-        tokens, targets = (part.to(self.fabric.device) for part in self.stream.segment(position))
+        tokens, targets = (part.to(self.fabric.device) for part in self.streams["train"].segment(position))
         warm = self.step < self.warm_up_steps
         self.model.core = self.warm_up if warm else self.equilibrium
         for group in self.optimizer.param_groups:
@@ -203,7 +213,9 @@ class Trainer:
             return 0.0
         with self.fabric.autocast():
             injection = self.model.cell.inject(self.model.embed(tokens), self.memory)
-            penalty = jacobian_penalty(lambda z: self.model.cell(z, injection), solution.value)
+            # A source of its own for each step: a resumed run draws the same vectors, on any device.
+            generator = torch.Generator(self.fabric.device).manual_seed(self.config.train.seed + self.step)
+            penalty = jacobian_penalty(lambda z: self.model.cell(z, injection), solution.value, generator=generator)
         self._averages.add("jacobian_penalty", penalty)
         return weight * penalty
 
@@ -217,7 +229,7 @@ class Trainer:
 
     def _validate(self) -> None:
         self.model.core = self.evaluation
-        values = evaluate(self.model, self._evaluation_stream(self.corpus.valid))
+        values = evaluate(self.model, self.streams["valid"])
         values |= quality(self.corpus.vocabulary.level, values["nll"])
         self._metrics.write("valid", self.step, values | {"seconds": round(self.seconds, 2)})
         self.fabric.log_dict({f"valid/{name}": value for name, value in values.items()}, step=self.step)
@@ -239,18 +251,44 @@ class Trainer:
         self._averages = Averages()
 
     def _save(self, path: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        progress = {"step": self.step, "seconds": self.seconds, "best_nll": self.best_nll}
+        progress = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_nll": self.best_nll,
+            "averages": self._averages.state(),
+            "text": _fingerprint(self.corpus),
+        }
         memory = self.memory if optimizer is not None else None
         save_checkpoint(path, self.model, progress=progress, optimizer=optimizer, memory=memory)
 
     def _resume(self) -> None:
+        before, now = load_config(self.folder.config, complete=True), self.config
+        changed = [
+            f"{part}.{f.name}"
+            for part in ("model", "train")
+            for f in dataclasses.fields(getattr(now, part))
+            if getattr(getattr(now, part), f.name) != getattr(getattr(before, part), f.name)
+            and (part == "model" or f.name in ("batch_size", "segment_len", "seed"))
+        ]
+        if changed:
+            raise ValueError(f"{self.folder.path} was trained with another {', '.join(changed)}; start a new run")
         progress, memory = load_checkpoint(self.folder.last, self.model, self.optimizer)
+        if progress["text"] != _fingerprint(self.corpus):
+            raise ValueError(f"the text of {self.folder.path} has changed since its checkpoint; start a new run")
+        if progress["step"] > now.train.steps:
+            raise ValueError(f"{self.folder.path} is at step {progress['step']}, past train.steps={now.train.steps}")
         self.step, self.seconds, self.best_nll = progress["step"], progress["seconds"], progress["best_nll"]
+        self._averages = Averages(progress["averages"])
         self.memory = memory and Memory(*(part.to(self.fabric.device) for part in memory))
 
-    def _evaluation_stream(self, ids: Tensor) -> SegmentStream:
+    def _stream(self, split: str) -> SegmentStream:
         train = self.config.train
-        return SegmentStream(ids, batch_size=train.eval_batch_size, segment_len=train.segment_len)
+        field = "batch_size" if split == "train" else "eval_batch_size"
+        try:
+            ids = getattr(self.corpus, split)
+            return SegmentStream(ids, batch_size=getattr(train, field), segment_len=train.segment_len)
+        except ValueError as error:
+            raise ValueError(f"the {split} text and train.{field} do not fit: {error}") from error
 
     def _write_sample(self) -> None:
         vocabulary = self.corpus.vocabulary
@@ -258,7 +296,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.train.seed)
         tokens = list(generate(self.model, prompt, num_tokens=200, temperature=0.8, generator=generator))
         text = f"{vocabulary.decode(prompt)}\n--- the model goes on: ---\n{vocabulary.decode(tokens)}\n"
-        self.folder.sample.write_text(text)
+        write_atomically(self.folder.sample, text)
 
     def _headline(self) -> str:
         sizes = " / ".join(f"{len(part):,}" for part in (self.corpus.train, self.corpus.valid, self.corpus.test))
@@ -306,4 +344,10 @@ def _describe(values: dict[str, Any]) -> str:
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _fingerprint(corpus: Corpus) -> str:
+    ids = torch.cat([corpus.train, corpus.valid, corpus.test])
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()

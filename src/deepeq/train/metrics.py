@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepeq.data.files import write_atomically
 from deepeq.solution import Solution
 
 
@@ -21,19 +22,29 @@ def quality(level: Literal["character", "word"], nll: float) -> dict[str, float]
 class Averages:
     """Running weighted means and maxima; they stay on the device until they are asked for."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, float]] = {}
-        self._maxima: dict[str, Tensor] = {}
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {"sums": {}, "maxima": {}}
+        self._sums: dict[str, tuple[Tensor, float]] = {
+            name: (torch.tensor(total, dtype=torch.float64), weight) for name, (total, weight) in state["sums"].items()
+        }
+        self._maxima: dict[str, Tensor] = {name: torch.tensor(value) for name, value in state["maxima"].items()}
+
+    def state(self) -> dict[str, Any]:
+        """What JSON can hold, for the constructor to go on from."""
+        sums = {name: (float(total), weight) for name, (total, weight) in self._sums.items()}
+        return {"sums": sums, "maxima": {name: float(value) for name, value in self._maxima.items()}}
 
     def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
         """Count a scalar with a weight."""
         total, weights = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0.0))
-        self._sums[name] = (total + value.detach().double() * weight, weights + weight)
+        self._sums[name] = (total.to(value.device) + value.detach().double() * weight, weights + weight)
 
     def add_max(self, name: str, value: Tensor) -> None:
         """Keep the largest of scalars."""
         value = value.detach()
-        self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
+        if name in self._maxima:
+            value = torch.maximum(self._maxima[name].to(value.device), value)
+        self._maxima[name] = value
 
     def add_solution(self, prefix: str, solution: Solution) -> None:
         """Count the mean steps, the worst residual and the share of unconverged samples of a solve."""
@@ -50,12 +61,14 @@ class Averages:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, each with `split` and `step`.
 
-    Lines of steps after `step`, left by a run that was killed past its last checkpoint, are dropped when it resumes.
+    When a run resumes at `step`, lines of later steps, left by a run that was killed past its last checkpoint, are
+    dropped, and those of the test text, which is evaluated once more.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() and step else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rows = read_metrics(path) if path.exists() and step else []
+        kept = [row for row in rows if row["step"] <= step and row["split"] != "test"]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path
 
     def write(self, split: str, step: int, values: dict[str, Any]) -> None:
@@ -69,15 +82,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line before the last is not JSON.
+        ValueError: the file is not text, or a line before the last is not what `MetricsFile` writes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} the folder of a run?")
-    lines, rows = path.read_text().splitlines(), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text; the file is damaged") from error
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"line {number} of {path} is not JSON; the file is damaged") from error
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("split"), str) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"line {number} of {path} is no JSON object with split and step; the file is damaged")
     return rows
