@@ -355,6 +355,7 @@ def _ddp_worker(rank: int, folder: str) -> None:
         _loss(layer, half).backward()
         gradients.append([p.grad.clone() for p in layer.module.parameters()])
     torch.save(gradients, f"{folder}/rank{rank}.pt")
+    torch.distributed.barrier()  # a rank that leaves early aborts the other
     torch.distributed.destroy_process_group()
 
 
