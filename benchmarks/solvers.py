@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchdeq.solver import get_solver
 
 import deepeq
 from deepeq.data import SegmentStream, load_corpus
 from deepeq.models import Memory
 from deepeq.solvers import Solver
-from deepeq.train import RunFolder
+from deepeq.train import RunFolder, load_config
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 MAX_STEPS = 80
@@ -56,8 +57,6 @@ def solve_with(solver: Solver, f: Callable[[Tensor], Tensor], z0: Tensor) -> tup
 def solve_with_torchdeq(
     name: str, tolerance: float
 ) -> Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, int]]:
-    from torchdeq.solver import get_solver  # a peer, installed by the extra `bench`
-
     def solve(f: Callable[[Tensor], Tensor], z0: Tensor) -> tuple[Tensor, int]:
         count = 0
 
@@ -125,6 +124,13 @@ def backward_map(f: Callable[[Tensor], Tensor], z0: Tensor) -> Callable[[Tensor]
     return lambda u: torch.autograd.grad(fz, z, u, retain_graph=True)[0] + v
 
 
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.processor()
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,12 +154,13 @@ def main() -> None:
         deepeq.Broyden(history_size=100),
         deepeq.FixedPointIteration(),
     ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     result = {
-        "command": f"python benchmarks/solvers.py --run {arguments.run} --out {arguments.out}",
+        "command": f"python benchmarks/solvers.py --run RUN_DIR --out {arguments.out}",
+        "recipe": load_config(arguments.run / "config.yaml").run.name,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "state": list(z0.shape),
         "forward": compare(f, z0, nonlinear, arguments.repetitions),
