@@ -241,7 +241,8 @@ class _Equilibrium(torch.autograd.Function):
             with torch.enable_grad():
                 z, before = z.detach().requires_grad_(), fz.detach()
                 fz = rule.evaluate(z)
-            if not torch.allclose(fz, before, rtol=1e-4, atol=1e-5 * float(before.abs().max())):
+            size = float(before.abs().max()) if before.numel() else 0.0
+            if not torch.allclose(fz, before, rtol=1e-4, atol=1e-5 * size):
                 raise RuntimeError(
                     "f changed between the forward and the backward pass (a parameter updated, a mask drawn anew), so "
                     "ImplicitAdjoint(checkpoint=True) cannot evaluate it again; run backward before changing anything"

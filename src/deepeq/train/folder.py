@@ -1,9 +1,11 @@
 """The files of a run folder."""
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from deepeq.data import Corpus, Vocabulary, load_corpus
 from deepeq.deq import DEQ
@@ -25,6 +27,23 @@ class RunFolder:
         self.figures = path / "figures"
         self.sample = path / "sample.txt"
         self.result = path / "result.json"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """The folder that a run is to use.
+
+        Raises:
+            ValueError: it holds a run already, or none to resume.
+        """
+        name = f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = cls(Path(config.run.dir) if config.run.dir is not None else Path("runs") / name)
+        if config.run.resume and not folder.last.exists():
+            raise ValueError(f"run.resume=True, but {folder.last} does not exist; start the run without it")
+        if not config.run.resume and (folder.last.exists() or folder.best.exists()):
+            raise ValueError(
+                f"{folder.path} already holds a run; add --run.resume true to go on, or choose another --run.dir"
+            )
+        return folder
 
     def load_model(self) -> tuple[RunConfig, Vocabulary, LanguageModel]:
         """The configuration, the vocabulary, and the model of the best checkpoint, with the solver of evaluation.

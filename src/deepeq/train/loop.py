@@ -4,15 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import resource
 import shlex
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -34,8 +28,9 @@ from deepeq.train.evaluation import evaluate
 from deepeq.train.figures import plot_run
 from deepeq.train.folder import RunFolder
 from deepeq.train.generation import generate
-from deepeq.train.metrics import Averages, MetricsFile, quality
+from deepeq.train.metrics import Averages, MetricsFile, describe, peak_memory_mb, quality
 from deepeq.train.optimizer import learning_rate, make_optimizer
+from deepeq.train.signals import stop_on_signal
 
 
 class TrainingError(RuntimeError):
@@ -56,24 +51,12 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     # Saturated softmaxes give gradients too small for normal floats, which made products on a CPU four times slower.
     torch.set_flush_denormal(True)
-    folder = _open_folder(config)
+    folder = RunFolder.of(config)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder.path)))
     with folder.lock():
         trainer = Trainer(config, folder)
         trainer.fit()
         return trainer.finish()
-
-
-def _open_folder(config: RunConfig) -> RunFolder:
-    name = f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RunFolder(Path(config.run.dir) if config.run.dir is not None else Path("runs") / name)
-    if config.run.resume and not folder.last.exists():
-        raise ValueError(f"run.resume=True, but {folder.last} does not exist; start the run without it")
-    if not config.run.resume and (folder.last.exists() or folder.best.exists()):
-        raise ValueError(
-            f"{folder.path} already holds a run; add --run.resume true to go on with it, or choose another --run.dir"
-        )
-    return folder
 
 
 class Trainer:
@@ -117,7 +100,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step."""
         train, start = self.config.train, time.perf_counter() - self.seconds
-        with Display(train.steps, start=self.step) as self.display, _stop_on_signal() as stop:
+        with Display(train.steps, start=self.step) as self.display, stop_on_signal() as stop:
             self.display.say(self._headline())
             if self.step == 0:
                 self._save(self.folder.last, self.optimizer)  # so that a run killed early can go on
@@ -168,7 +151,7 @@ class Trainer:
             "num_params": self.model.num_params,
             "num_steps": self.step,
             "train_seconds": round(self.seconds, 1),
-            "peak_memory_mb": round(_peak_memory_mb(self.fabric.device), 1),
+            "peak_memory_mb": round(peak_memory_mb(self.fabric.device), 1),
             "num_threads": torch.get_num_threads(),
             "device": str(self.fabric.device),
             "torch_version": torch.__version__,
@@ -233,7 +216,7 @@ class Trainer:
         values |= quality(self.corpus.vocabulary.level, values["nll"])
         self._metrics.write("valid", self.step, values | {"seconds": round(self.seconds, 2)})
         self.fabric.log_dict({f"valid/{name}": value for name, value in values.items()}, step=self.step)
-        self.display.say(f"step {self.step}: validation {_describe(values)}")
+        self.display.say(f"step {self.step}: validation {describe(values)}")
         if values["nll"] < self.best_nll:
             self.best_nll = values["nll"]
             self._save(self.folder.best)
@@ -247,7 +230,7 @@ class Trainer:
         }
         self._metrics.write("train", self.step, values | {"seconds": round(self.seconds, 2)})
         self.fabric.log_dict({f"train/{name}": value for name, value in values.items()}, step=self.step)
-        self.display.metrics(self.step, _describe(values))
+        self.display.metrics(self.step, describe(values))
         self._averages = Averages()
 
     def _save(self, path: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -305,47 +288,6 @@ class Trainer:
             f"{len(self.corpus.vocabulary):,} types; {self.model.num_params:,} parameters on {self.fabric.device} "
             f"({torch.get_num_threads()} threads); {self.folder.path}"
         )
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes; a second one ends the process as usual."""
-    received: list[int] = []
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, usual[signal.Signals(number)])
-
-    try:
-        for number in usual:
-            signal.signal(number, receive)
-        yield received
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
-def _describe(values: dict[str, Any]) -> str:
-    names = {"bits_per_character": "bits/character", "perplexity": "perplexity"}
-    parts = [f"{values[name]:.3f} {label}" for name, label in names.items() if name in values]
-    parts.insert(0, f"loss {values['nll']:.3f}")
-    if "tokens_per_second" in values:
-        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
-    for prefix in ("forward", "backward"):
-        if f"{prefix}_steps" in values and not values.get("warm_up"):
-            parts.append(
-                f"{prefix} {values[f'{prefix}_steps']:.1f} steps, residual {values[f'{prefix}_residual']:.0e}, "
-                f"{values[f'{prefix}_unconverged']:.0%} unconverged"
-            )
-    return "; ".join(parts)
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _fingerprint(corpus: Corpus) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,3 +103,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise ValueError(f"line {number} of {path} is no JSON object with split and step; the file is damaged")
     return rows
+
+
+def describe(values: dict[str, Any]) -> str:
+    """One line for people."""
+    names = {"bits_per_character": "bits/character", "perplexity": "perplexity"}
+    parts = [f"{values[name]:.3f} {label}" for name, label in names.items() if name in values]
+    parts.insert(0, f"loss {values['nll']:.3f}")
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    for prefix in ("forward", "backward"):
+        if f"{prefix}_steps" in values and not values.get("warm_up"):
+            parts.append(
+                f"{prefix} {values[f'{prefix}_steps']:.1f} steps, residual {values[f'{prefix}_residual']:.0e}, "
+                f"{values[f'{prefix}_unconverged']:.0%} unconverged"
+            )
+    return "; ".join(parts)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory that was in use, in MiB: of the device, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
