@@ -28,8 +28,8 @@ class Anderson(Solver):
     `||g - dG gamma||`, and `z <- f(z) - dF gamma - damping (g - dG gamma)`. The normal equations are solved in
     float64 with columns scaled to one, and their matrix grows by one row a step. Two vectors a step are kept.
 
-    Down to a relative residual of about 1e-3 it needs the fewest evaluations of the solvers here; windows shorter than
-    about 20 stall at tight tolerances, where `Broyden` goes on.
+    Needs as few evaluations as `Broyden` at the loose tolerances of training; below about 1e-3 a short window needs
+    more, and may stall on a hard sample.
 
     References:
         Walker and Ni (2011), Anderson acceleration for fixed-point iterations, SIAM J. Numer. Anal. 49, alg. AA, eq.
