@@ -802,15 +802,15 @@ def saved_bytes(cell: Cell, max_steps: int, adjoint) -> int:
     saved = _Saved([*cell.leaves, cell.z0])
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         solution = fixed_point(
-            cell, cell.z0, solver=FixedPointIteration(rtol=1e-15, max_steps=max_steps), adjoint=adjoint
+            cell, cell.z0, solver=FixedPointIteration(rtol=1e-15, max_steps=max_steps, damping=0.9), adjoint=adjoint
         )
-        assert solution.num_steps.max() == max_steps
+        assert solution.num_steps.max() == max_steps  # so strongly damped, it is never done
     return saved.bytes
 
 
 @pytest.mark.parametrize("name", [name for name in ADJOINTS if name != "backprop"])
 def test_memory_kept_for_the_backward_does_not_grow_with_the_steps(cell, name):
-    short, long = (saved_bytes(cell, steps, ADJOINTS[name]) for steps in (2, 100))
+    short, long = (saved_bytes(cell, steps, ADJOINTS[name]) for steps in (2, 200))
     assert short == long > 0
 
 
