@@ -25,11 +25,14 @@ PUBLIC_NAMES = [
     "Result",
     "Solution",
     "Solver",
+    "Subsequences",
     "Unrolled",
     "fixed_point",
     "jacobian_penalty",
     "root_find",
     "spectral_radius",
+    "stack",
+    "weight_tied",
 ]
 SOURCE = Path(deepeq.__file__).parent
 

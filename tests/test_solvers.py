@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from deepeq import (
     GMRES,
@@ -339,6 +340,20 @@ def sample_of(problem: Problem, i: int) -> Callable[[Tensor], Tensor]:
         return problem.f(batch)[i]
 
     return f
+
+
+@pytest.mark.parametrize("steps", [1, 4, 40])
+@solver_names
+def test_num_stored_bounds_the_vectors_of_a_state_and_is_reached(solver_name, steps):
+    solver = build(solver_name, max_steps=steps)
+    problem = PROBLEMS["affine"](torch.float64)
+    z = problem.z0
+    state, most = solver.init(z), 0
+    for _ in range(steps):
+        z, state = solver.step(z, problem.f(z), state)
+        vectors = {leaf.data_ptr() for leaf in tree_leaves(state) if isinstance(leaf, Tensor) and leaf.shape == z.shape}
+        most = max(most, len(vectors))
+    assert solver.num_stored - 2 <= most <= solver.num_stored
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3])

@@ -6,6 +6,8 @@ from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Soluti
 from deepeq.solve import fixed_point, root_find
 from deepeq.solvers import GMRES, Anderson, Broyden, FixedPointIteration, Solver
 from deepeq.stability import jacobian_penalty, spectral_radius
+from deepeq.subsequences import Subsequences
+from deepeq.universality import stack, weight_tied
 
 __version__ = "0.1.0"
 
@@ -25,9 +27,12 @@ __all__ = [
     "Result",
     "Solution",
     "Solver",
+    "Subsequences",
     "Unrolled",
     "fixed_point",
     "jacobian_penalty",
     "root_find",
     "spectral_radius",
+    "stack",
+    "weight_tied",
 ]

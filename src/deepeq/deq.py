@@ -1,10 +1,13 @@
 """`DEQ` and `Unrolled`: one cell as an equilibrium, or as a stack of tied layers."""
 
+import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from deepeq.adjoint import Adjoint
 from deepeq.norms import ratio, two_norm
@@ -32,7 +35,12 @@ class _TiedLayer(nn.Module):
             raise TypeError(f"cell must be a torch.nn.Module called as cell(z, injection), got {type(cell).__name__}")
         self.cell = cell
 
-    def _prepare(self, x: Any, z0: Any, memory: Any) -> tuple[Any, Any]:
+    def prepare(self, x: Any, z0: Any = None, memory: Any = None) -> tuple[Callable[[Any], Any], Any]:
+        """The map `f(z) = cell(z, injection)` of one solve, and its first state.
+
+        Raises:
+            ValueError: memory is given to a cell that takes none.
+        """
         if isinstance(self.cell, InjectingCell):
             injection = self.cell.inject(x, memory)
         elif memory is None:
@@ -41,7 +49,14 @@ class _TiedLayer(nn.Module):
             raise ValueError(f"memory was given, but {type(self.cell).__name__} has no inject(x, memory) to take it")
         if z0 is None:
             z0 = getattr(self.cell, "initial_state", _zeros_like)(x)
-        return injection, z0
+        return lambda z: self.cell(z, injection), z0
+
+    def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
+        """The state that the layer returns for a map of `prepare`."""
+        raise NotImplementedError
+
+    def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
+        return self.solve(*self.prepare(x, z0, memory))
 
 
 class DEQ(_TiedLayer):
@@ -71,11 +86,8 @@ class DEQ(_TiedLayer):
         self.solver, self.adjoint = check_rules(solver, adjoint)
         self.throw = throw
 
-    def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
-        injection, z0 = self._prepare(x, z0, memory)
-        return fixed_point(
-            lambda z: self.cell(z, injection), z0, solver=self.solver, adjoint=self.adjoint, throw=self.throw
-        )
+    def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
+        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, throw=self.throw)
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}"
@@ -87,29 +99,57 @@ class Unrolled(_TiedLayer):
     Called like `DEQ`: the baseline, the warm-up network and the gradient oracle are one object away. Its Solution does
     not claim an equilibrium: `residual` is that of the state before the last layer, and nothing is `converged`.
 
+    Args:
+        cell: The map, as in `DEQ`.
+        depth: Number of layers.
+        checkpoint: Keep only about `sqrt(depth)` states between forward and backward, and compute the layers between
+            them twice (Chen et al. 2016, Training deep nets with sublinear memory cost).
+        keep_every: Return the states after every so many layers, but for the last, in `Solution.intermediate`, for
+            auxiliary losses; 0 for none.
+
     Raises:
-        ValueError: `depth` is not a whole number >= 1.
+        ValueError: `depth` is not a whole number >= 1, or `keep_every` not one >= 0.
     """
 
-    def __init__(self, cell: nn.Module, depth: int) -> None:
+    def __init__(self, cell: nn.Module, depth: int, *, checkpoint: bool = False, keep_every: int = 0) -> None:
         super().__init__(cell)
-        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-            raise ValueError(f"depth={depth!r} of Unrolled must be a whole number >= 1")
-        self.depth = depth
+        for name, value, least in (("depth", depth, 1), ("keep_every", keep_every, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} of Unrolled must be a whole number >= {least}")
+        self.depth, self.checkpoint, self.keep_every = depth, checkpoint, keep_every
 
-    def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
-        injection, z = self._prepare(x, z0, memory)
-        packing, trace = Packing(z), []
-        for _ in range(self.depth):
-            z, z_before = self.cell(z, injection), z
-            with torch.no_grad():
-                trace.append(_relative_residual(packing.pack(z_before, "z0"), packing.pack(z, "the cell")))
-        steps = torch.full((packing.batch_size,), self.depth, device=trace[-1].device)
+    def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
+        packing = Packing(z0)
+
+        def layers(z: Any, first: int, last: int) -> tuple[Any, list[Any], Tensor]:
+            kept, residuals = [], []
+            for layer in range(first, last):
+                z, z_before = f(z), z
+                with torch.no_grad():
+                    residuals.append(_relative_residual(packing.pack(z_before, "z0"), packing.pack(z, "the cell")))
+                if self.keep_every and (layer + 1) % self.keep_every == 0 and layer + 1 < self.depth:
+                    kept.append(z)
+            return z, kept, torch.stack(residuals)
+
+        z, intermediate, trace = z0, [], []
+        stride = math.isqrt(self.depth - 1) + 1 if self.checkpoint else self.depth
+        for first in range(0, self.depth, stride):
+            arguments = (z, first, min(first + stride, self.depth))
+            if self.checkpoint and torch.is_grad_enabled():
+                z, kept, residuals = checkpoint(layers, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                z, kept, residuals = layers(*arguments)
+            intermediate += kept
+            trace.append(residuals)
+        residuals = torch.cat(trace)  # (depth, B)
+        steps = torch.full((packing.batch_size,), self.depth, device=residuals.device)
         never = torch.zeros_like(steps, dtype=torch.bool)
-        return Solution(z, trace[-1], never, steps, self.depth, Result.MAX_STEPS, torch.stack(trace))
+        return Solution(
+            z, residuals[-1], never, steps, self.depth, Result.MAX_STEPS, residuals, intermediate=tuple(intermediate)
+        )
 
     def extra_repr(self) -> str:
-        return f"depth={self.depth}"
+        return f"depth={self.depth}, checkpoint={self.checkpoint}, keep_every={self.keep_every}"
 
 
 def _zeros_like(x: Any) -> Any:

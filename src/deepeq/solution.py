@@ -40,6 +40,8 @@ class Solution(NamedTuple):
     """Outcome for the batch."""
     trace: Tensor
     """Relative residual at each step, `(steps, B)`; a sample that is done keeps its last one."""
+    intermediate: tuple[Any, ...] = ()
+    """States after earlier layers, where an `Unrolled` was asked to keep them."""
 
 
 class ConvergenceError(RuntimeError):

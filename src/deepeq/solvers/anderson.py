@@ -50,6 +50,10 @@ class Anderson(Solver):
         if not 0.0 < self.ridge < 1.0:
             raise ValueError(f"ridge={self.ridge!r} of Anderson must lie in (0, 1)")
 
+    @property
+    def num_stored(self) -> int:
+        return 2 + 2 * min(self.history_size, self.max_steps - 1)
+
     def init(self, z0: Tensor) -> AndersonState:
         return AndersonState(None, None, (), (), z0.new_zeros((z0.shape[0], 0, 0), dtype=torch.float64))
 

@@ -44,6 +44,11 @@ class Solver(ABC):
         if not 0.0 <= damping < 1.0:
             raise ValueError(f"damping={damping!r} of {type(self).__name__} must lie in [0, 1); 0 means none")
 
+    @property
+    @abstractmethod
+    def num_stored(self) -> int:
+        """Most vectors of the size of a state that the rule keeps from step to step."""
+
     @abstractmethod
     def init(self, z0: Tensor) -> Any:
         """The state before the first step."""

@@ -49,6 +49,10 @@ class Broyden(Solver):
         self._check_damping(self.damping)
         self._check_count("line_search_steps", self.line_search_steps, least=0)
 
+    @property
+    def num_stored(self) -> int:
+        return min(self.history_size, self.max_steps)
+
     def init(self, z0: Tensor) -> BroydenState:
         return BroydenState((), (), (), None, None)
 

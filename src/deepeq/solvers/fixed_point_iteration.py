@@ -22,6 +22,10 @@ class FixedPointIteration(Solver):
         super().__post_init__()
         self._check_damping(self.damping)
 
+    @property
+    def num_stored(self) -> int:
+        return 0
+
     def init(self, z0: Tensor) -> None:
         return None
 

@@ -51,6 +51,10 @@ class GMRES(Solver):
         super().__post_init__()
         self._check_count("restart", self.restart)
 
+    @property
+    def num_stored(self) -> int:
+        return 2 + min(self.restart + 1, self.max_steps)
+
     def init(self, z0: Tensor) -> GMRESState:
         empty, zero = z0.new_zeros((z0.shape[0], 0), dtype=torch.float64), z0.new_zeros((z0.shape[0], 1))
         return GMRESState((), empty.unsqueeze(2), empty, empty, z0, z0, zero, 0)

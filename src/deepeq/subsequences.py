@@ -1,0 +1,116 @@
+"""Long sequences, solved piece by piece."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from deepeq.deq import DEQ, InjectingCell
+from deepeq.solution import Result, Solution
+
+
+@runtime_checkable
+class RememberingCell(InjectingCell, Protocol):
+    """A causal cell whose memory of earlier positions can grow."""
+
+    def extend_memory(self, memory: Any, x: Any, z: Any, *, length: int | None = None) -> Any:
+        """The memory (or None) followed by a segment `x` with states `z`, differentiable.
+
+        With `length=None` it keeps every position that can matter, otherwise the last `length`.
+        """
+        ...
+
+
+class Subsequences(DEQ):
+    """A `DEQ` that solves a sequence in pieces of at most `length` positions (Bai et al. 2019, appendix E).
+
+    Called as `layer(x, z0=None, memory=None) -> Solution` like any `DEQ`, for `x` `(B, T, D)` and states of tensors
+    `(B, T, ...)`. Each piece has the equilibria of the pieces before it as its memory. The cell is causal, so the
+    equilibrium is that of the whole, found in solves that are each easier. Nothing is detached: the backward pass
+    solves piece after piece from the last to the first, and the gradients are those of the whole. Between the passes
+    lives one graph of `f` for each piece, together that of `f` over the whole sequence, and what `inject` computes for
+    each piece, such as the projections of its memory. Dropout masks are drawn for each piece.
+
+    `prepare` and `solve` stay those of the whole sequence. The Solution of the pieces together has:
+
+    - `residual`: the largest of the pieces. It bounds that of the whole, because
+      `(sum_i ||r_i||^2) / (sum_i ||f_i||^2) <= max_i ||r_i||^2 / ||f_i||^2`;
+    - `converged`: whether all pieces did. With `atol = 0` the whole then did too; an `atol` holds for each piece;
+    - `num_steps`: the largest of the pieces, and `trace` their largest residual at each step, where a piece that is
+      done keeps its last one;
+    - `num_evals`: the sum, of calls that see one piece each;
+    - `result`: the worst.
+
+    Args:
+        layer: The layer whose cell, solver and adjoint are used. The cell offers `inject` and
+            `extend_memory(memory, x, z, *, length)`.
+        length: Most positions in a piece.
+
+    Raises:
+        TypeError: `layer` is no `DEQ` (the pieces of an `Unrolled` would see finished layers, where the whole sees
+            those of equal depth), or its cell keeps no memory.
+        ValueError: `length` is not a whole number >= 1; in a call, a tensor of the state is not `(B, T, ...)`.
+    """
+
+    def __init__(self, layer: DEQ, length: int) -> None:
+        if not isinstance(layer, DEQ):
+            raise TypeError(f"layer must be a DEQ, got {type(layer).__name__}: only equilibria can be found in pieces")
+        if not isinstance(layer.cell, RememberingCell):
+            raise TypeError(
+                f"{type(layer.cell).__name__} must have inject(x, memory) and extend_memory(memory, x, z, *, length) "
+                "to be solved in pieces"
+            )
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"length={length!r} of Subsequences must be a whole number >= 1")
+        super().__init__(layer.cell, solver=layer.solver, adjoint=layer.adjoint, throw=layer.throw)
+        self.length = length
+
+    def forward(self, x: Tensor, z0: Any = None, memory: Any = None) -> Solution:
+        cell, num_positions = self.cell, x.shape[1]
+        assert isinstance(cell, RememberingCell)
+        if num_positions <= self.length:
+            return super().forward(x, z0, memory)
+        if z0 is not None:
+            _check_positions(z0, num_positions, "z0")
+        pieces = []
+        for start in range(0, num_positions, self.length):
+            window = slice(start, start + self.length)
+            x_piece = x[:, window]
+            piece = super().forward(x_piece, _positions(z0, window), memory)
+            _check_positions(piece.value, x_piece.shape[1], "the state")
+            pieces.append(piece)
+            if window.stop < num_positions:
+                memory = cell.extend_memory(memory, x_piece, piece.value, length=None)
+        return _join(pieces)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, length={self.length}"
+
+
+def _positions(state: Any, window: slice) -> Any:
+    return pytree.tree_map_only(Tensor, lambda z: z[:, window], state)
+
+
+def _check_positions(state: Any, num_positions: int, name: str) -> None:
+    for z in pytree.tree_leaves(state):
+        if z.ndim < 2 or z.shape[1] != num_positions:
+            raise ValueError(
+                f"Subsequences splits and joins states along dimension 1, so that a tensor of {name} for "
+                f"{num_positions} positions must be (B, {num_positions}, ...), got {tuple(z.shape)}"
+            )
+
+
+def _join(pieces: list[Solution]) -> Solution:
+    severity = list(Result)
+    steps = max(len(piece.trace) for piece in pieces)
+    traces = [torch.cat([piece.trace, piece.trace[-1:].expand(steps - len(piece.trace), -1)]) for piece in pieces]
+    return Solution(
+        value=pytree.tree_map(lambda *parts: torch.cat(parts, dim=1), *(piece.value for piece in pieces)),
+        residual=torch.stack([piece.residual for piece in pieces]).amax(dim=0),
+        converged=torch.stack([piece.converged for piece in pieces]).all(dim=0),
+        num_steps=torch.stack([piece.num_steps for piece in pieces]).amax(dim=0),
+        num_evals=sum(piece.num_evals for piece in pieces),
+        result=max((piece.result for piece in pieces), key=severity.index),
+        trace=torch.stack(traces).amax(dim=0),  # (steps, B)
+    )
