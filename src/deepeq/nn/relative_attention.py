@@ -23,10 +23,15 @@ def sinusoidal_positions(num_positions: int, d_model: int, *, like: Tensor) -> T
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)  # (S, D)
 
 
-def causal_mask(num_queries: int, num_keys: int, *, like: Tensor) -> Tensor:
-    """Additive mask `(T, S)`: `-inf` where a key lies after its query. The queries are the last `num_queries` keys."""
+def causal_mask(num_queries: int, num_keys: int, *, window: int | None = None, like: Tensor) -> Tensor:
+    """Additive mask `(T, S)`: `-inf` where a key lies after its query, or `window` positions or more before it.
+
+    The queries are the last `num_queries` keys.
+    """
     mask = torch.full((num_queries, num_keys), -torch.inf, dtype=like.dtype, device=like.device)
-    return mask.triu(1 + num_keys - num_queries)
+    own = num_keys - num_queries
+    allowed = mask.triu(1 + own)
+    return allowed if window is None else allowed + mask.tril(own - window)
 
 
 def relative_shift(scores: Tensor) -> Tensor:
