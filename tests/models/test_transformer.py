@@ -1,25 +1,24 @@
 """The cell against a version written with loops, and the properties that the paper asks of it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepeq
 from deepeq.models import Memory, TransformerCell, TransformerConfig
 from deepeq.nn import relative_shift, sinusoidal_positions
 
-CONFIG = TransformerConfig(d_model=8, num_heads=2, d_inner=12, memory_len=5)
+CONFIG = TransformerConfig(d_model=8, num_heads=2, d_inner=12)
 
 
 @pytest.fixture
 def cell() -> TransformerCell:
     """A small cell whose biases are not zero, in float64."""
-    cell = TransformerCell(CONFIG).double()
-    for parameter in cell.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    return cell
+    return make_cell()
 
 
 @pytest.fixture
@@ -28,10 +27,18 @@ def contractive_cell() -> TransformerCell:
     return make_contractive(TransformerCell(TransformerConfig(d_model=8, num_heads=2, d_inner=12, init_std=0.2)))
 
 
+def make_cell(*, injected: bool = True, **values: object) -> TransformerCell:
+    config = replace(CONFIG, **values)  # pyright: ignore[reportArgumentType]
+    cell = TransformerCell(config, injected=injected).double()
+    for parameter in cell.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return cell
+
+
 def make_contractive(cell: TransformerCell) -> TransformerCell:
     with torch.no_grad():
         cell.injection.weight[2 * cell.config.d_model :] *= 5
-        cell.output.weight *= 4
+        cell.output_projection.weight *= 4
     return cell.double()
 
 
@@ -53,31 +60,58 @@ def position_encoding(distance: int, d_model: int) -> Tensor:
 
 def reference(cell: TransformerCell, z: Tensor, x: Tensor, memory: Memory) -> Tensor:
     """One application of the block, position by position, head by head, from the equations of the paper."""
-    d_model, num_heads = cell.config.d_model, cell.config.num_heads
-    channels = d_model // num_heads
+    config, d_heads = cell.config, cell.config.d_heads
+    channels, window = d_heads // config.num_heads, cell.config.window or 10**6
+
+    def normalized(h: Tensor, norm: torch.nn.LayerNorm, where: str) -> Tensor:
+        return layer_norm(h, norm) if config.norm == where else h
+
     out = torch.empty_like(z)
     for b in range(z.shape[0]):
-        states, inputs = torch.cat([memory.z[b], z[b]]), torch.cat([memory.x[b], x[b]])
-        injected = [cell.qkv.weight @ s + cell.injection.weight @ i for s, i in zip(states, inputs, strict=True)]
+        projected = []
+        for state, inputs in zip(torch.cat([memory.z[b], z[b]]), torch.cat([memory.x[b], x[b]]), strict=True):
+            part = cell.qkv.weight @ normalized(state, cell.attention_norm, "pre")
+            projected.append(part if cell.injection is None else part + cell.injection.weight @ inputs)
         start = memory.z.shape[1]
         for t in range(z.shape[1]):
-            query = injected[start + t][:d_model]
+            query = projected[start + t][:d_heads]
             heads = []
-            for head in range(num_heads):
+            for head in range(config.num_heads):
                 part = slice(head * channels, (head + 1) * channels)
-                logits = []
-                for j in range(start + t + 1):
-                    key = injected[j][d_model : 2 * d_model][part]
-                    position = (cell.position.weight @ position_encoding(start + t - j, d_model))[part]
+                logits, values = [], []
+                for j in range(max(0, start + t + 1 - window), start + t + 1):
+                    key = projected[j][d_heads : 2 * d_heads][part]
+                    position = (cell.position.weight @ position_encoding(start + t - j, config.d_model))[part]
                     content = (query[part] + cell.content_bias[head, 0]) @ key
                     logits.append((content + (query[part] + cell.position_bias[head, 0]) @ position) / channels**0.5)
+                    values.append(projected[j][2 * d_heads :][part])
                 weights = torch.softmax(torch.stack(logits), dim=0)
-                heads.append(sum(w * injected[j][2 * d_model :][part] for j, w in enumerate(weights)))
-            h = layer_norm(z[b, t] + cell.output.weight @ torch.cat(heads), cell.attention_norm)
-            first, _, second = cell.feed_forward
-            inner = torch.relu(first.weight @ h + first.bias)
-            out[b, t] = layer_norm(h + second.weight @ inner + second.bias, cell.feed_forward_norm)
+                heads.append(sum(w * value for w, value in zip(weights, values, strict=True)))
+            attended = cell.output_projection.weight @ torch.cat(heads)
+            h = normalized(z[b, t] + attended, cell.attention_norm, "post")
+            inner = torch.relu(cell.inner.weight @ normalized(h, cell.feed_forward_norm, "pre") + cell.inner.bias)
+            outer = cell.outer.weight @ inner + cell.outer.bias
+            out[b, t] = normalized(h + outer, cell.feed_forward_norm, "post")
     return out
+
+
+VARIANTS = [
+    {},
+    {"norm": "pre"},
+    {"head_dim": 3},
+    {"window": 3},
+    {"weight_norm": True},
+    {"norm": "pre", "window": 1, "head_dim": 5},
+]
+
+
+@pytest.mark.parametrize("values", VARIANTS)
+@pytest.mark.parametrize("injected", [True, False])
+def test_every_variant_agrees_with_the_loop_written_reference(values: dict, injected: bool) -> None:
+    cell = make_cell(injected=injected, **values)
+    x, z, memory = random_inputs()
+    actual = cell(z, cell.inject(x, memory if injected else memory._replace(x=memory.x[..., :0])))
+    torch.testing.assert_close(actual, reference(cell, z, x, memory), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("memory_len", [0, 1, 5])
@@ -113,6 +147,74 @@ def test_cell_is_causal(cell: TransformerCell) -> None:
     after = cell(z, cell.inject(x, memory))
     torch.testing.assert_close(after[:, :2], before[:, :2])
     assert not torch.allclose(after[:, 2:], before[:, 2:])
+
+
+def test_window_hides_what_lies_further_back() -> None:
+    cell = make_cell(window=3)
+    x, z, memory = random_inputs()
+    before = cell(z, cell.inject(x, memory))
+    for part in memory:
+        part[:, :3] = 7.0  # more than two positions before the first query
+    torch.testing.assert_close(cell(z, cell.inject(x, memory)), before)
+    memory.z[:, 3] = 7.0
+    assert not torch.allclose(cell(z, cell.inject(x, memory))[:, :1], before[:, :1])
+
+
+def test_injection_builds_no_mask_for_each_sample_and_head(cell: TransformerCell) -> None:
+    x, z, memory = random_inputs()
+    injection = cell.inject(x, memory)
+    assert injection.mask.shape == (4, 9)
+    shapes: list = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("full", "triu", "tril", "arange", "bernoulli_", "masked_fill"):
+                shapes.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Shapes():
+        cell(z, injection)
+    assert not shapes
+
+
+def test_map_does_not_change_during_a_solve_though_masks_do_between_solves() -> None:
+    cell = make_cell(hidden_dropout=0.3, attention_dropout=0.3)
+    x, z, memory = random_inputs()
+    injection = cell.inject(x, memory)
+    torch.testing.assert_close(cell(z, injection), cell(z, injection), rtol=0, atol=0)
+    assert not torch.allclose(cell(z, injection), cell(z, cell.inject(x, memory)))
+    assert {part.shape for part in injection.dropped if part is not None} == {(3, 1, 8), (3, 1, 12), (3, 2, 4, 1)}
+    cell.eval()
+    expected = reference(cell, z, x, memory)
+    torch.testing.assert_close(cell(z, cell.inject(x, memory)), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_dropout_hides_values_of_the_memory_and_of_the_segment() -> None:
+    cell = make_cell(attention_dropout=0.5)
+    x, _, memory = random_inputs()
+    injection = cell.inject(x, memory)
+    assert injection.dropped.value is not None
+    for values in (injection.dropped.value, (injection.memory_value != 0).any(dim=3)):
+        share = (values == 0).double().mean().item()
+        assert 0.0 < share < 1.0
+
+
+def test_weights_are_normalized_once_per_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = make_cell(weight_norm=True)
+    calls: list = []
+    parametrization = cell.qkv.parametrizations.weight[0]  # pyright: ignore
+    original = type(parametrization).forward
+    monkeypatch.setattr(type(parametrization), "forward", lambda self, *a: calls.append(self) or original(self, *a))
+    x, _, memory = random_inputs()
+    deepeq.DEQ(cell, solver=deepeq.Broyden(rtol=1e-4))(x, memory=memory)
+    assert calls.count(parametrization) == 1
+
+
+@pytest.mark.parametrize(("eval_memory_len", "expected"), [(9, 9), (None, 7), (0, 0)])
+def test_memory_length_depends_on_the_phase(eval_memory_len: int | None, expected: int) -> None:
+    cell = make_cell(memory_len=7, eval_memory_len=eval_memory_len)
+    assert cell.memory_length() == 7
+    assert cell.eval().memory_length() == expected
 
 
 def test_every_memory_position_matters(cell: TransformerCell) -> None:
@@ -162,15 +264,17 @@ def test_gradient_through_the_equilibrium_matches_the_deep_stack(contractive_cel
         torch.testing.assert_close(implicit, unrolled, rtol=1e-6, atol=1e-9)
 
 
-def test_memory_keeps_the_last_positions_without_gradients(cell: TransformerCell) -> None:
+def test_memory_keeps_the_last_positions_with_their_gradients(cell: TransformerCell) -> None:
     x, z, memory = random_inputs()
-    extended = cell.extend_memory(memory, x.requires_grad_(), z)
+    extended = cell.extend_memory(memory, x.requires_grad_(), z, length=5)
     assert extended is not None
-    torch.testing.assert_close(extended.x, torch.cat([memory.x, x], dim=1)[:, -5:].detach())
+    torch.testing.assert_close(extended.x, torch.cat([memory.x, x], dim=1)[:, -5:])
     torch.testing.assert_close(extended.z, torch.cat([memory.z, z], dim=1)[:, -5:])
-    assert not extended.x.requires_grad
-    without = TransformerCell(TransformerConfig(d_model=8, num_heads=2, d_inner=12, memory_len=0))
-    assert without.extend_memory(None, x, z) is None
+    assert extended.x.requires_grad
+    everything = cell.extend_memory(memory, x, z)
+    assert everything is not None
+    assert everything.z.shape[1] == 9
+    assert cell.extend_memory(memory, x, z, length=0) is None
 
 
 def test_weights_start_with_the_standard_deviation_of_the_paper() -> None:
@@ -183,7 +287,10 @@ def test_weights_start_with_the_standard_deviation_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"d_model": 10, "num_heads": 4}, "d_model=10 must be even and a multiple of num_heads=4"),
+        ({"d_model": 10, "num_heads": 4}, "d_model=10 must be a multiple of num_heads=4, or head_dim be given"),
+        ({"d_model": 9, "num_heads": 3}, "d_model=9 must be even"),
+        ({"window": 0}, "window=0 must be >= 1"),
+        ({"norm": "middle"}, "norm='middle' must be 'post' or 'pre'"),
         ({"memory_len": -1, "d_inner": 0}, "d_inner=0 must be >= 1; memory_len=-1 must be >= 0"),
         ({"init_std": 0.0}, "init_std=0.0 must be > 0"),
     ],

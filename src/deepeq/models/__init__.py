@@ -1,14 +1,37 @@
-"""Cells and the models around them."""
+"""Cells, the networks made of them, and the language model around a network."""
 
-from deepeq.models.language_model import LanguageModel, ModelOutput, nll
+from deepeq.models.baselines import TCN, BlockMemory, Recurrent, RecurrentConfig, TCNConfig
+from deepeq.models.cell import CellConfig, LayerConfig, SequenceCell
+from deepeq.models.language_model import LanguageModel, ModelConfig, ModelOutput
+from deepeq.models.networks import LayerStack, NetworkOutput, TiedNetwork
 from deepeq.models.transformer import Memory, TransformerCell, TransformerConfig, TransformerInjection
+from deepeq.models.trellisnet import TrellisCell, TrellisConfig, TrellisInjection, TrellisMemory
+
+MEMORY_TYPES = (BlockMemory, Memory, TrellisMemory)
+"""The named tuples that memories are made of, besides plain tuples."""
 
 __all__ = [
+    "MEMORY_TYPES",
+    "TCN",
+    "BlockMemory",
+    "CellConfig",
     "LanguageModel",
+    "LayerConfig",
+    "LayerStack",
     "Memory",
+    "ModelConfig",
     "ModelOutput",
+    "NetworkOutput",
+    "Recurrent",
+    "RecurrentConfig",
+    "SequenceCell",
+    "TCNConfig",
+    "TiedNetwork",
     "TransformerCell",
     "TransformerConfig",
     "TransformerInjection",
-    "nll",
+    "TrellisCell",
+    "TrellisConfig",
+    "TrellisInjection",
+    "TrellisMemory",
 ]

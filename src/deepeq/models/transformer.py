@@ -1,96 +1,174 @@
-"""The weight-tied Transformer block of the paper, as a cell.
+"""The Transformer block of the paper, as a cell, with the memory and the positions of Transformer-XL.
 
-Letters: B batch, T segment, M memory, S = M + T keys, D model, H heads, K head channels.
+Letters: B batch, T segment, M memory, S = M + T keys, D model, H heads, K head channels, F feed-forward.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from deepeq.nn import causal_mask, relative_attention, sinusoidal_positions
+from deepeq.models.cell import CellConfig, SequenceCell, check_ranges
+from deepeq.nn import (
+    VariationalDropout,
+    causal_mask,
+    regularize_weight,
+    relative_attention,
+    sinusoidal_positions,
+    variational_mask,
+)
 
 
 class Memory(NamedTuple):
-    """Positions before the segment: what was injected there, and the equilibria that were found."""
+    """Positions before the segment: what was injected there, and the states that were found."""
 
-    x: Tensor  # (B, M, D)
+    x: Tensor  # (B, M, D); (B, M, 0) where a cell has no injection
     z: Tensor  # (B, M, D)
+
+
+class Weights(NamedTuple):
+    """The matrices of one solve, normalized and with entries dropped where the configuration says so."""
+
+    qkv: Tensor  # (3 H K, D)
+    output: Tensor  # (D, H K)
+    inner: Tensor  # (F, D)
+    outer: Tensor  # (D, F)
+
+
+class Masks(NamedTuple):
+    """Dropout masks of one solve; None for no dropout."""
+
+    attended: Tensor | None  # (B, 1, D)
+    inner: Tensor | None  # (B, 1, F)
+    outer: Tensor | None  # (B, 1, D)
+    value: Tensor | None  # (B, H, T, 1)
 
 
 class TransformerInjection(NamedTuple):
     """All that one solve needs besides `z`."""
 
-    qkv: Tensor  # (B, T, 3 D) injected into queries, keys and values
+    qkv: Tensor | None  # (B, T, 3 H K) injected into queries, keys and values
     memory_key: Tensor  # (B, H, M, K)
     memory_value: Tensor  # (B, H, M, K)
     position: Tensor  # (H, S, K) keys of the relative distances
     mask: Tensor  # (T, S)
+    weights: Weights
+    dropped: Masks
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Sizes of a `TransformerCell`.
+class TransformerConfig(CellConfig):
+    """Hyper-parameters of a `TransformerCell`.
 
     Raises:
-        ValueError: a size is out of range, or `d_model` is no even multiple of `num_heads`.
+        ValueError: a field is out of range, or `d_model` is odd or no multiple of `num_heads`.
     """
 
     d_model: int = 128
     """Channels of the state."""
     num_heads: int = 4
-    """Attention heads; they divide `d_model`."""
+    """Attention heads."""
+    head_dim: int | None = None
+    """Channels of a head; None for `d_model / num_heads`."""
     d_inner: int = 512
     """Channels inside the position-wise feed-forward part."""
     memory_len: int = 64
-    """Earlier positions that attention sees beyond the segment, in tokens; 0 for none."""
+    """Earlier positions that attention sees beyond the segment while training, in tokens; 0 for none."""
+    eval_memory_len: int | None = None
+    """The same in evaluation and generation; None for `memory_len`."""
+    window: int | None = None
+    """Attention sees so many positions, the query's own included; None for all."""
+    norm: Literal["post", "pre"] = "post"
+    """Layer normalization after each residual sum, as in the paper, or at the start of each residual branch."""
+    weight_norm: bool = False
+    """Normalize the rows of the four matrices that act on the state, once per solve."""
+    hidden_dropout: float = 0.0
+    """Share of the channels that is dropped after attention, and inside and after the feed-forward part."""
+    attention_dropout: float = 0.0
+    """Share of the keys that each head does not read, the same ones for all queries."""
     init_std: float = 0.05
     """Standard deviation of the first weights; 0.05 in the paper, section 5."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name}={getattr(self, name)!r} must be >= {least}"
-            for name, least in (("d_model", 2), ("num_heads", 1), ("d_inner", 1), ("memory_len", 0))
-            if getattr(self, name) < least
-        ]
-        if not problems and (self.d_model % self.num_heads or self.d_model % 2):
-            problems.append(f"d_model={self.d_model!r} must be even and a multiple of num_heads={self.num_heads!r}")
+        least = {
+            "d_model": 2,
+            "num_heads": 1,
+            "head_dim": 1,
+            "d_inner": 1,
+            "memory_len": 0,
+            "eval_memory_len": 0,
+            "window": 1,
+        }
+        problems = check_ranges(self, least, ("hidden_dropout", "attention_dropout"))
+        if not problems and self.d_model % 2:
+            problems.append(f"d_model={self.d_model!r} must be even: half of the position encoding is sines")
+        if not problems and self.head_dim is None and self.d_model % self.num_heads:
+            problems.append(
+                f"d_model={self.d_model!r} must be a multiple of num_heads={self.num_heads!r}, or head_dim be given"
+            )
+        if self.norm not in ("post", "pre"):
+            problems.append(f"norm={self.norm!r} must be 'post' or 'pre'")
         if not self.init_std > 0.0:
             problems.append(f"init_std={self.init_std!r} must be > 0")
         if problems:
             raise ValueError("; ".join(problems))
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.d_model, self.d_model
 
-class TransformerCell(nn.Module):
-    """Post-layer-norm block with input injection (Bai et al. 2019, section 4).
+    @property
+    def d_heads(self) -> int:
+        """Channels of all heads together."""
+        return self.num_heads * (self.head_dim or self.d_model // self.num_heads)
 
-    `f(z; x) = LN(h + FFN(h))` with `h = LN(z + W_o Attention(W_qkv z + W_x x))`, relative positions, and attention
-    over the memory `[x, z*]` of earlier positions besides the segment itself. Causal. Keys and values of the memory,
-    position keys and the injection are computed once per solve, by `inject`.
+    def build(self) -> "TransformerCell":
+        return TransformerCell(self)
+
+
+class TransformerCell(SequenceCell):
+    """Transformer block with input injection (Bai et al. 2019, section 4).
+
+    Attention over the memory `[x, z*]` of earlier positions and over the segment itself, with relative positions; `LN`
+    of the other kind of `norm` is the identity:
+
+        h = LN_post(z + W_o Attention(W_qkv LN_pre(z) + W_x x))
+        f(z; x) = LN_post(h + W_2 relu(W_1 LN_pre(h)))
+
+    Args:
+        config: Its hyper-parameters.
+        injected: Whether the input is injected; without, `x` is used for its shape only, and the cell is a layer of
+            Transformer-XL.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, injected: bool = True) -> None:
         super().__init__()
         self.config = config
-        d_model, num_heads = config.d_model, config.num_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.injection = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.position = nn.Linear(d_model, d_model, bias=False)
-        self.output = nn.Linear(d_model, d_model, bias=False)
-        self.content_bias = nn.Parameter(torch.zeros(num_heads, 1, d_model // num_heads))
-        self.position_bias = nn.Parameter(torch.zeros(num_heads, 1, d_model // num_heads))
+        d_model, d_heads = config.d_model, config.d_heads
+        self.qkv = nn.Linear(d_model, 3 * d_heads, bias=False)
+        self.injection = nn.Linear(d_model, 3 * d_heads, bias=False) if injected else None
+        self.position = nn.Linear(d_model, d_heads, bias=False)
+        self.output_projection = nn.Linear(d_heads, d_model, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(config.num_heads, 1, d_heads // config.num_heads))
+        self.position_bias = nn.Parameter(torch.zeros(config.num_heads, 1, d_heads // config.num_heads))
         self.attention_norm = nn.LayerNorm(d_model)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(d_model, config.d_inner), nn.ReLU(), nn.Linear(config.d_inner, d_model)
-        )
+        self.inner = nn.Linear(d_model, config.d_inner)
+        self.outer = nn.Linear(config.d_inner, d_model)
         self.feed_forward_norm = nn.LayerNorm(d_model)
+        self.hidden_dropout = VariationalDropout(config.hidden_dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=config.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in (self.qkv, self.output_projection, self.inner, self.outer):
+            regularize_weight(module, weight_norm=config.weight_norm, dropout=0.0)
+
+    def memory_length(self) -> int | None:
+        in_training = self.training or self.config.eval_memory_len is None
+        return self.config.memory_len if in_training else self.config.eval_memory_len
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Zeros, `(B, T, D)`."""
@@ -102,37 +180,89 @@ class TransformerCell(nn.Module):
         if memory is None:
             memory = Memory(x[:, :0], x[:, :0])
         num_keys = memory.z.shape[1] + num_queries
+        weights = Weights(self.qkv.weight, self.output_projection.weight, self.inner.weight, self.outer.weight)
         # The query rows of both weights are not needed for the memory.
-        rows = slice(d_model, None)
-        earlier = linear(memory.z, self.qkv.weight[rows]) + linear(memory.x, self.injection.weight[rows])
+        rows = slice(self.config.d_heads, None)
+        earlier = linear(self._pre(self.attention_norm, memory.z), weights.qkv[rows])
+        if self.injection is not None:
+            earlier = earlier + linear(memory.x, self.injection.weight[rows])
         memory_key, memory_value = (self._split_heads(part) for part in earlier.chunk(2, dim=-1))
+        masks, value_mask = self._masks(x, num_keys)
+        if value_mask is not None:
+            memory_value = memory_value * value_mask[:, :, : memory_value.shape[2]]
         position = self.position(sinusoidal_positions(num_keys, d_model, like=x))
-        position = position.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)  # (H, S, K)
-        mask = causal_mask(num_queries, num_keys, like=x)
-        return TransformerInjection(self.injection(x), memory_key, memory_value, position, mask)
+        return TransformerInjection(
+            None if self.injection is None else self.injection(x),
+            memory_key,
+            memory_value,
+            position.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1),  # (H, S, K)
+            causal_mask(num_queries, num_keys, window=self.config.window, like=x),
+            weights,
+            masks,
+        )
 
     def forward(self, z: Tensor, injection: TransformerInjection) -> Tensor:
-        query, key, value = (self._split_heads(part) for part in (self.qkv(z) + injection.qkv).chunk(3, dim=-1))
+        weights, masks = injection.weights, injection.dropped
+        attended = linear(self._attend(z, injection), weights.output)
+        h = self._post(self.attention_norm, z + _drop(attended, masks.attended))  # (B, T, D)
+        inner = linear(self._pre(self.feed_forward_norm, h), weights.inner, self.inner.bias).relu()
+        outer = linear(_drop(inner, masks.inner), weights.outer, self.outer.bias)
+        return self._post(self.feed_forward_norm, h + _drop(outer, masks.outer))
+
+    def output(self, z: Tensor) -> Tensor:
+        """The state itself."""
+        return z
+
+    def extend_memory(self, memory: Memory | None, x: Tensor, z: Tensor, *, length: int | None = None) -> Memory | None:
+        """The last `length` positions of the memory and this segment; None if that is zero."""
+        if length == 0:
+            return None
+        if self.injection is None:
+            x = x[..., :0]
+        if memory is not None:
+            x, z = torch.cat([memory.x, x], dim=1), torch.cat([memory.z, z], dim=1)
+        last = slice(None if length is None else -length, None)
+        return Memory(x[:, last], z[:, last])
+
+    def _attend(self, z: Tensor, injection: TransformerInjection) -> Tensor:
+        qkv = linear(self._pre(self.attention_norm, z), injection.weights.qkv)
+        if injection.qkv is not None:
+            qkv = qkv + injection.qkv
+        query, key, value = (self._split_heads(part) for part in qkv.chunk(3, dim=-1))
         attended = relative_attention(
             query,
             torch.cat([injection.memory_key, key], dim=2),  # (B, H, S, K)
-            torch.cat([injection.memory_value, value], dim=2),  # (B, H, S, K)
+            torch.cat([injection.memory_value, _drop(value, injection.dropped.value)], dim=2),  # (B, H, S, K)
             position=injection.position,
             content_bias=self.content_bias,
             position_bias=self.position_bias,
             mask=injection.mask,
         )
-        h = self.attention_norm(z + self.output(attended.transpose(1, 2).flatten(2)))  # (B, T, D)
-        return self.feed_forward_norm(h + self.feed_forward(h))
+        return attended.transpose(1, 2).flatten(2)  # (B, T, H K)
 
-    def extend_memory(self, memory: Memory | None, x: Tensor, z_star: Tensor) -> Memory | None:
-        """The last `memory_len` positions of the memory and this segment, without gradients; None if that is zero."""
-        if self.config.memory_len == 0:
-            return None
-        if memory is not None:
-            x, z_star = torch.cat([memory.x, x], dim=1), torch.cat([memory.z, z_star], dim=1)
-        last = slice(-self.config.memory_len, None)
-        return Memory(x[:, last].detach(), z_star[:, last].detach())
+    def _masks(self, x: Tensor, num_keys: int) -> tuple[Masks, Tensor | None]:
+        value = None
+        if self.training and self.config.attention_dropout:
+            shape = (x.shape[0], self.config.num_heads, num_keys, 1)
+            value = variational_mask(shape, self.config.attention_dropout, like=x)
+        inner = self.hidden_dropout.mask(x.new_empty(x.shape[0], 1, self.config.d_inner))
+        masks = Masks(
+            self.hidden_dropout.mask(x),
+            inner,
+            self.hidden_dropout.mask(x),
+            None if value is None else value[:, :, num_keys - x.shape[1] :],
+        )
+        return masks, value
+
+    def _pre(self, norm: nn.LayerNorm, h: Tensor) -> Tensor:
+        return norm(h) if self.config.norm == "pre" else h
+
+    def _post(self, norm: nn.LayerNorm, h: Tensor) -> Tensor:
+        return norm(h) if self.config.norm == "post" else h
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+
+
+def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask

@@ -1,0 +1,102 @@
+"""The networks between embedding and softmax: one cell as an equilibrium or a tied stack, or layers of their own."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from deepeq.deq import DEQ, Unrolled
+from deepeq.models.cell import SequenceCell
+from deepeq.models.transformer import TransformerCell, TransformerConfig
+from deepeq.solution import Solution
+from deepeq.stability import jacobian_penalty
+from deepeq.subsequences import Subsequences
+
+
+class NetworkOutput(NamedTuple):
+    """Features of a segment."""
+
+    value: Tensor  # (B, T, d_output)
+    memory: Any  # for the next segment, without gradients
+    solution: Solution | None = None
+    intermediate: tuple[Tensor, ...] = ()  # (B, T, d_output) each
+    jacobian_penalty: Tensor | None = None
+
+
+class TiedNetwork(nn.Module):
+    """One cell, applied by its `core`: a `DEQ`, perhaps in `Subsequences`, or an `Unrolled` stack.
+
+    The core may be replaced at any time by another around the same cell: the parameters are the cell's.
+    """
+
+    core: DEQ | Unrolled
+
+    def __init__(self, cell: SequenceCell) -> None:
+        super().__init__()
+        self.core = DEQ(cell)
+
+    @property
+    def cell(self) -> SequenceCell:
+        """The cell that `core` applies."""
+        assert isinstance(self.core.cell, SequenceCell)
+        return self.core.cell
+
+    def forward(
+        self, x: Tensor, memory: Any = None, *, penalty_generator: torch.Generator | None = None
+    ) -> NetworkOutput:
+        """Features and memory for inputs `(B, T, d_input)`; with a generator, the Jacobian penalty at them too."""
+        core, cell, penalty = self.core, self.cell, None
+        if isinstance(core, Subsequences):
+            f, solution = None, core(x, memory=memory)
+        else:
+            f, z0 = core.prepare(x, memory=memory)
+            solution = core.solve(f, z0)
+        if penalty_generator is not None:
+            f = f or core.prepare(x, memory=memory)[0]
+            penalty = jacobian_penalty(f, solution.value, generator=penalty_generator)
+        memory = cell.extend_memory(memory, x, solution.value, length=cell.memory_length())
+        return NetworkOutput(
+            cell.output(solution.value),
+            detached(memory),
+            solution,
+            tuple(cell.output(z) for z in solution.intermediate),
+            penalty,
+        )
+
+
+class LayerStack(nn.Module):
+    """Transformer-XL: `depth` layers with weights of their own, each with the memory of what it read (Dai et al. 2019).
+
+    Args:
+        config: Of each layer.
+        depth: Number of layers.
+        checkpoint: Keep only the inputs of the layers between forward and backward, and compute the layers twice.
+    """
+
+    def __init__(self, config: TransformerConfig, depth: int, *, checkpoint: bool = False) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.cells = nn.ModuleList(TransformerCell(config, injected=False) for _ in range(depth))
+
+    def forward(self, x: Tensor, memory: Any = None) -> NetworkOutput:
+        memories = [None] * len(self.cells) if memory is None else memory
+        z, extended = x, []
+        for cell, earlier in zip(self.cells, memories, strict=True):
+            assert isinstance(cell, TransformerCell)
+            extended.append(cell.extend_memory(earlier, z, z, length=cell.memory_length()))
+            if self.checkpoint and torch.is_grad_enabled():
+                z = checkpoint(_layer, cell, z, earlier, use_reentrant=False)
+            else:
+                z = _layer(cell, z, earlier)
+        return NetworkOutput(z, None if extended[0] is None else detached(tuple(extended)))
+
+
+def detached(memory: Any) -> Any:
+    """The memory without its graph."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, memory)
+
+
+def _layer(cell: TransformerCell, z: Tensor, memory: Any) -> Tensor:
+    return cell(z, cell.inject(z, memory))

@@ -1,0 +1,155 @@
+"""The trellis network of the paper, as a cell: a causal convolution with the gates of an LSTM.
+
+Letters: B batch, T segment, M history, E input channels, H hidden channels, k kernel size, s dilation.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from deepeq.models.cell import CellConfig, SequenceCell, check_ranges
+from deepeq.nn import VariationalDropout, regularize_weight
+
+State = tuple[Tensor, Tensor]
+
+
+class TrellisMemory(NamedTuple):
+    """The last `(k - 1) s` positions before the segment."""
+
+    x: Tensor  # (B, M, E)
+    h: Tensor  # (B, M, H)
+    c: Tensor  # (B, M, H)
+
+
+class TrellisInjection(NamedTuple):
+    """All that one solve needs besides `z`."""
+
+    gates: Tensor  # (B, T, 4 H) convolved inputs
+    h: Tensor  # (B, M, H) history
+    c: Tensor  # (B, M, H) history
+    weight: Tensor  # (4 H, k H)
+    mask: Tensor | None  # (B, 1, H)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrellisConfig(CellConfig):
+    """Hyper-parameters of a `TrellisCell`.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    d_input: int = 128
+    """Channels of the input."""
+    d_hidden: int = 384
+    """Channels of `h` and of `c`, those of the output included."""
+    d_output: int = 128
+    """How many of the last channels of `h` are the output."""
+    kernel_size: int = 2
+    """Positions that a convolution sees."""
+    dilation: int = 1
+    """Distance between them."""
+    weight_norm: bool = True
+    """Normalize the rows of the hidden convolution, once per solve."""
+    hidden_dropout: float = 0.0
+    """Share of the channels of `h` that the hidden convolution does not see, the same ones at all positions."""
+    weight_dropout: float = 0.0
+    """Share of the weights of both convolutions that is dropped in a solve."""
+    init_std: float = 0.05
+    """Standard deviation of the first weights; 0.05 in the paper, section 5."""
+
+    def __post_init__(self) -> None:
+        problems = check_ranges(
+            self,
+            {"d_input": 1, "d_hidden": 1, "d_output": 1, "kernel_size": 2, "dilation": 1},
+            ("hidden_dropout", "weight_dropout"),
+        )
+        if self.d_output > self.d_hidden:
+            problems.append(f"d_output={self.d_output!r} must be <= d_hidden={self.d_hidden!r}")
+        if not self.init_std > 0.0:
+            problems.append(f"init_std={self.init_std!r} must be > 0")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.d_input, self.d_output
+
+    def build(self) -> "TrellisCell":
+        return TrellisCell(self)
+
+
+class TrellisCell(SequenceCell):
+    """Trellis network with input injection (Bai et al. 2019, section 4; Bai, Kolter, Koltun 2019, ICLR).
+
+    With the state `z = (h, c)` and `[i, o, g, f] = Conv(h) + Conv(x)`, causal convolutions of kernel size `k` and
+    dilation `s` that look back into the history of earlier segments, or else zeros:
+
+        c'_t = sigma(f_t) c_{t-s} + sigma(i_t) tanh(g_t)
+        h'_t = sigma(o_t) tanh(c'_t)
+    """
+
+    def __init__(self, config: TrellisConfig) -> None:
+        super().__init__()
+        self.config = config
+        taps, num_gates = config.kernel_size, 4 * config.d_hidden
+        self.injection = nn.Linear(taps * config.d_input, num_gates)
+        self.convolution = nn.Linear(taps * config.d_hidden, num_gates, bias=False)
+        for layer in (self.injection, self.convolution):
+            nn.init.normal_(layer.weight, std=config.init_std)
+        nn.init.zeros_(self.injection.bias)
+        self.hidden_dropout = VariationalDropout(config.hidden_dropout)
+        for layer in (self.injection, self.convolution):
+            regularize_weight(layer, weight_norm=config.weight_norm, dropout=config.weight_dropout)
+
+    @property
+    def history_len(self) -> int:
+        """Positions of earlier segments that the convolutions see, `(k - 1) s`."""
+        return (self.config.kernel_size - 1) * self.config.dilation
+
+    def initial_state(self, x: Tensor) -> State:
+        """Zeros, twice `(B, T, H)`."""
+        h = x.new_zeros(*x.shape[:2], self.config.d_hidden)
+        return h, h
+
+    def inject(self, x: Tensor, memory: TrellisMemory | None = None) -> TrellisInjection:
+        """The input's part of the gates, the history, and the weights, for inputs `x` `(B, T, E)`."""
+        if memory is None:
+            memory = self._zeros(x)
+        mask = self.hidden_dropout.mask(memory.h)
+        history = memory.h if mask is None else memory.h * mask
+        gates = self.injection(self._taps(torch.cat([memory.x, x], dim=1)))  # (B, T, 4 H)
+        return TrellisInjection(gates, history, memory.c, self.convolution.weight, mask)
+
+    def forward(self, z: State, injection: TrellisInjection) -> State:
+        h, c = z
+        seen = h if injection.mask is None else h * injection.mask
+        taps = self._taps(torch.cat([injection.h, seen], dim=1))
+        i, o, g, f = (linear(taps, injection.weight) + injection.gates).chunk(4, dim=-1)  # (B, T, H) each
+        earlier = torch.cat([injection.c[:, -self.config.dilation :], c], dim=1)[:, : c.shape[1]]  # (B, T, H)
+        c = torch.sigmoid(f) * earlier + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    def output(self, z: State) -> Tensor:
+        """The last channels of `h`, `(B, T, d_output)`."""
+        return z[0][..., -self.config.d_output :]
+
+    def extend_memory(
+        self, memory: TrellisMemory | None, x: Tensor, z: State, *, length: int | None = None
+    ) -> TrellisMemory:
+        """The last `(k - 1) s` positions; a `length` changes nothing, since the convolutions see no further."""
+        earlier = memory or self._zeros(x)
+        kept = (torch.cat(parts, dim=1)[:, -self.history_len :] for parts in zip(earlier, (x, *z), strict=True))
+        return TrellisMemory(*kept)
+
+    def _zeros(self, x: Tensor) -> TrellisMemory:
+        h = x.new_zeros(x.shape[0], self.history_len, self.config.d_hidden)
+        return TrellisMemory(x.new_zeros(x.shape[0], self.history_len, x.shape[2]), h, h)
+
+    def _taps(self, padded: Tensor) -> Tensor:
+        length, dilation = padded.shape[1] - self.history_len, self.config.dilation
+        starts = range(0, self.history_len + 1, dilation)
+        return torch.cat([padded[:, start : start + length] for start in starts], dim=-1)  # (B, T, k C)
