@@ -1,19 +1,36 @@
-"""Corpora: what is read, how it is split, the unigram bound, and the sentences of the errors."""
+"""Corpora: what is read and where from, how it is split, the unigram bound, and the sentences of the errors."""
 
 import math
 import os
 import pydoc_data.topics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from deepeq.data import Corpus, DataConfig, load_corpus, unigram_bits
+from deepeq.data import (
+    SPLITS,
+    CopyMemory,
+    CopyMemoryConfig,
+    Corpus,
+    DataConfig,
+    DataSource,
+    known_vocab_size,
+    load_corpus,
+    unigram_bits,
+)
 
 
 def write(path: Path, content: str | bytes) -> str:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
+
+
+def load_text(config: DataConfig) -> Corpus:
+    corpus = load_corpus(config)
+    assert isinstance(corpus, Corpus)
+    return corpus
 
 
 def texts(corpus: Corpus) -> list[str]:
@@ -33,7 +50,7 @@ def penn_treebank() -> Corpus:
     root = os.environ.get("DEEPEQ_DATA")
     if not root or not (Path(root) / "ptb").is_dir():
         pytest.skip("Penn Treebank is not here: DEEPEQ_DATA names no folder that holds ptb")
-    return load_corpus(DataConfig(corpus="penn_treebank", level="word"))
+    return load_text(DataConfig(corpus="penn_treebank", level="word"))
 
 
 def test_penn_treebank_has_the_published_counts(penn_treebank: Corpus):
@@ -56,7 +73,7 @@ def test_penn_treebank_has_its_own_unknown_word_and_line_ends(penn_treebank: Cor
 def test_quickstart_is_the_sorted_language_reference_split_80_10_10():
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    corpus = load_corpus(DataConfig())
+    corpus = load_text(DataConfig())
     assert corpus.name == "pydoc"
     assert [len(ids) for ids in (corpus.train, corpus.valid, corpus.test)] == pytest.approx(
         [0.8 * len(text), 0.1 * len(text), 0.1 * len(text)], abs=1
@@ -68,7 +85,7 @@ def test_quickstart_is_the_sorted_language_reference_split_80_10_10():
 
 
 def test_quickstart_unigram_bound_is_about_4_7_bits():
-    corpus = load_corpus(DataConfig())
+    corpus = load_text(DataConfig())
     bits = unigram_bits(corpus.train, corpus.test, len(corpus.vocabulary))
     assert bits == pytest.approx(4.67, abs=0.05)
 
@@ -99,7 +116,7 @@ def test_unigram_bits_refuses_ids_it_cannot_count():
 
 def test_files_are_joined_in_order_by_newlines_and_split_by_characters(tmp_path: Path):
     first, second = write(tmp_path / "one.txt", "abcdefghij"), write(tmp_path / "two.txt", "klmnopqrs")
-    corpus = load_corpus(DataConfig(files=(second, first)))
+    corpus = load_text(DataConfig(files=(second, first)))
     assert corpus.name == "two.txt+one.txt"
     # All twenty characters differ, so nothing outside the first sixteen is in the training vocabulary.
     assert texts(corpus) == ["klmnopqrs\nabcdef", "\ufffd\ufffd", "\ufffd\ufffd"]
@@ -111,7 +128,7 @@ def test_files_of_words_are_split_at_the_nearest_line_ends(tmp_path: Path):
     # Of 72 characters, the cuts 57 and 64 fall into line 8, beside its start (56) and its end (65).
     lines[8] = "a word 8\n"
     text = "".join(lines)
-    corpus = load_corpus(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+    corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
     assert [len(ids) for ids in (corpus.train, corpus.valid, corpus.test)] == [24, 4, 3]
     assert texts(corpus)[0] == "".join(lines[:8])
 
@@ -120,34 +137,34 @@ def test_cut_moves_to_the_nearer_of_two_line_ends(tmp_path: Path):
     early = "a" * 78 + "\n" + "b" * 9 + "\n" + "c c\n" + "d" * 3 + " d\n"
     late = "a" * 70 + "\n" + "b" * 9 + "\n" + "c c c c c\n" + "d d d d d\n"
     for text, length in ((early, 79), (late, 81)):
-        corpus = load_corpus(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+        corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
         assert len(texts(corpus)[0]) == length
 
 
 def test_cut_that_already_is_a_line_end_stays(tmp_path: Path):
     text = "a b c d\n" * 8 + "a b\nc d\n" + "a\nb\nc d\n"
-    corpus = load_corpus(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+    corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
     assert texts(corpus) == ["a b c d\n" * 8, "a b\nc d\n", "a\nb\nc d\n"]
 
 
 def test_byte_order_mark_and_windows_line_ends_are_not_part_of_the_text(tmp_path: Path):
     plain = write(tmp_path / "plain.txt", "ab\n" * 10)
     windows = write(tmp_path / "windows.txt", b"\xef\xbb\xbf" + b"ab\r\n" * 10)
-    one, other = (load_corpus(DataConfig(files=(path,))) for path in (plain, windows))
+    one, other = (load_text(DataConfig(files=(path,))) for path in (plain, windows))
     assert one.vocabulary == other.vocabulary
     assert torch.equal(one.train, other.train)
 
 
 def test_files_replace_the_named_corpus(tmp_path: Path):
     file = write(tmp_path / "a.txt", "ab\n" * 10)
-    assert load_corpus(DataConfig(corpus="penn_treebank", files=(file,))).name == "a.txt"
+    assert load_text(DataConfig(corpus="penn_treebank", files=(file,))).name == "a.txt"
 
 
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     write(tmp_path / "a.txt", "ab\n" * 10)
-    assert load_corpus(DataConfig(files=("~/a.txt",))).train.shape == (24,)
+    assert load_text(DataConfig(files=("~/a.txt",))).train.shape == (24,)
 
 
 def test_missing_file_is_named(tmp_path: Path):
@@ -201,26 +218,123 @@ def test_missing_penn_treebank_says_where_it_was_sought_and_what_to_set(
 
 
 def test_penn_treebank_is_read_from_the_folder_or_else_from_the_data_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_splits: Callable[..., Path],
+    set_published_counts: Callable[..., None],
 ):
     monkeypatch.setenv("DEEPEQ_DATA", str(tmp_path))
+    set_published_counts("penn_treebank", 4, (9, 3, 6))
     for folder, word in (("ptb", "default"), ("own", "given")):
-        (tmp_path / folder).mkdir()
-        for split, count in (("train", 3), ("valid", 1), ("test", 2)):
-            write(tmp_path / folder / f"{split}.txt", f" {word} {split} \n" * count)
-    by_default = load_corpus(DataConfig(corpus="penn_treebank", level="word"))
-    given = load_corpus(DataConfig(corpus="penn_treebank", level="word", folder=str(tmp_path / "own")))
-    assert texts(by_default) == ["default train\n" * 3, "default <unk>\n", "default <unk>\n" * 2]
-    assert texts(given)[0] == "given train\n" * 3
-    (tmp_path / "own" / "valid.txt").unlink()
+        splits = (f" {word} {split} \n" * count for split, count in (("train", 3), ("valid", 1), ("test", 2)))
+        write_splits(*splits, folder=folder)
     config = DataConfig(corpus="penn_treebank", level="word", folder=str(tmp_path / "own"))
-    assert error_of(config, FileNotFoundError).startswith(str(tmp_path / "own" / "valid.txt"))
+    by_default = load_text(DataConfig(corpus="penn_treebank", level="word"))
+    assert texts(by_default) == ["default train\n" * 3, "default <unk>\n", "default <unk>\n" * 2]
+    assert texts(load_text(config))[0] == "given train\n" * 3
+    (tmp_path / "own" / "valid.txt").unlink()
+    missing = error_of(config, FileNotFoundError)
+    assert missing.startswith(f"{tmp_path / 'own' / 'valid.txt'} is missing")
+    assert "deepeq data penn_treebank" in missing
+
+
+def test_text_that_is_not_the_published_one_is_refused_under_its_name(write_splits: Callable[..., Path]):
+    folder = str(write_splits("a b\n" * 5, "a\n", "b\n"))
+    message = error_of(DataConfig(corpus="penn_treebank", level="word", folder=folder))
+    assert "4 instead of 10,000 types, 15 instead of 929,589 tokens in train" in message
+    assert "set data.corpus to 'folder'" in message
+    assert load_text(DataConfig(corpus="folder", level="word", folder=folder)).name == "text"
+
+
+@pytest.mark.parametrize("names", ["{}.txt", "wiki.{}.tokens", "ptb.{}.txt"])
+def test_folder_is_read_under_any_of_the_published_file_names(write_splits: Callable[..., Path], names: str):
+    folder = write_splits(" a b \n \n c\n", "a d\n", "\nb\n", names=names)
+    words = load_text(DataConfig(corpus="folder", level="word", folder=str(folder)))
+    assert texts(words) == ["a b\n\nc\n", "a <unk>\n", "\nb\n"]
+    characters = load_text(DataConfig(corpus="folder", folder=str(folder)))
+    assert texts(characters) == [" a b \n \n c\n", "a \ufffd\n", "\nb\n"]
+
+
+def test_files_of_one_naming_scheme_are_read_together(write_splits: Callable[..., Path]):
+    folder = write_splits("a b\n", "a\n", "b\n", names="wiki.{}.tokens")
+    write(folder / "valid.txt", "of another text\n")
+    corpus = load_text(DataConfig(corpus="folder", level="word", folder=str(folder)))
+    assert texts(corpus)[1] == "a\n"
+
+
+def test_missing_folder_is_named(tmp_path: Path):
+    message = error_of(DataConfig(corpus="folder", folder=str(tmp_path / "absent")), FileNotFoundError)
+    assert message == f"{tmp_path / 'absent'} is not a folder; give the folder of the text as --data.folder."
+
+
+def test_wikitext_validation_and_test_text_have_the_published_counts(tmp_path: Path):
+    root = os.environ.get("DEEPEQ_DATA")
+    if not root or not (Path(root) / "wikitext-2" / "valid.txt").is_file():
+        pytest.skip("WikiText-2 is not here: DEEPEQ_DATA names no folder that holds wikitext-2")
+    for split in ("train", "valid", "test"):  # the training split is not at hand; another has its place
+        source = "valid" if split == "train" else split
+        (tmp_path / f"{split}.txt").symlink_to(Path(root) / "wikitext-2" / f"{source}.txt")
+    corpus = load_text(DataConfig(corpus="folder", level="word", folder=str(tmp_path)))
+    assert (len(corpus.valid), len(corpus.test)) == (217_646, 245_569)
+    assert corpus.vocabulary.tokens[:3] == ("<eos>", "<unk>", "the")
+    # Ids of a split that made the vocabulary fall in frequency, as an adaptive softmax needs them.
+    assert torch.bincount(corpus.valid)[2:].diff().le(0).all()
+
+
+def test_text_and_task_offer_the_same_to_training(tmp_path: Path):
+    file = write(tmp_path / "a.txt", "abcdefgh\n" * 40)
+    sources: list[tuple[DataSource, int]] = [
+        (load_corpus(DataConfig(files=(file,))), 7),
+        (load_corpus(DataConfig(corpus="copy_memory", copy_memory=CopyMemoryConfig(num_train=5, num_test=3))), 420),
+    ]
+    for source, segment_len in sources:
+        for split in SPLITS:
+            batches = source.stream(split, batch_size=2, segment_len=segment_len)
+            passes = list(batches)
+            assert len(passes) == batches.num_segments
+            assert sum(targets.numel() for _, targets in passes) == batches.num_tokens
+            assert batches.segment(0)[0].dtype == torch.int64
+            assert all(int(part.max()) < source.vocab_size for pair in passes for part in pair)
+    (text, _), (task, _) = sources
+    assert (text.level, task.level) == ("character", "symbol")
+    assert text.vocabulary is not None
+    assert task.vocabulary is None
+    assert text.fingerprint != task.fingerprint
+
+
+def test_stream_of_a_split_reads_its_ids(tmp_path: Path):
+    corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", "abcdefgh\n" * 40),)))
+    for split in SPLITS:
+        inputs, _ = corpus.stream(split, batch_size=1, segment_len=4).segment(0)
+        assert inputs[0].tolist() == corpus.split(split)[:4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (DataConfig(corpus="penn_treebank", level="word"), 10_000),
+        (DataConfig(corpus="wikitext2", level="word"), 33_278),
+        (DataConfig(corpus="wikitext103", level="word"), 267_735),
+        (DataConfig(corpus="copy_memory"), 10),
+        (DataConfig(), None),
+        (DataConfig(corpus="folder", folder="x"), None),
+        (DataConfig(corpus="penn_treebank", level="word", files="a.txt"), None),
+    ],
+)
+def test_published_vocabulary_sizes_are_known_without_any_file(config: DataConfig, size: int | None):
+    assert known_vocab_size(config) == size
+
+
+def test_copy_memory_is_made_as_configured():
+    task = load_corpus(DataConfig(corpus="copy_memory", copy_memory=CopyMemoryConfig(blank_len=7, num_train=4)))
+    assert isinstance(task, CopyMemory)
+    assert task.sequences("train")[0].shape == (4, 27)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"corpus": "enwik8"}, "data.corpus must be 'pydoc' or 'penn_treebank', got 'enwik8'"),
+        ({"corpus": "enwik8"}, "data.corpus must be 'pydoc' or 'penn_treebank' or"),
         ({"level": "byte"}, "data.level must be 'character' or 'word', got 'byte'"),
         ({"files": ["a.txt"]}, "data.files must be a tuple of paths as strings, got ['a.txt']"),
         ({"files": ("a.txt", "")}, "data.files must be a tuple of paths as strings, got ('a.txt', '')"),
@@ -231,8 +345,15 @@ def test_penn_treebank_is_read_from_the_folder_or_else_from_the_data_folder(
         ({"corpus": "penn_treebank"}, "data.level must be 'word' for the corpus 'penn_treebank'"),
         (
             {"folder": "ptb"},
-            "data.folder is read only for the corpus 'penn_treebank', got 'ptb' with 'pydoc'",
+            "data.folder is read only for the corpora 'folder', 'penn_treebank', 'wikitext2', 'wikitext103', got 'ptb'",
         ),
+        ({"corpus": "folder"}, "data.folder must name the folder of the text for the corpus 'folder', got None"),
+        ({"corpus": "wikitext103"}, "data.level must be 'word' for the corpus 'wikitext103'"),
+        ({"cache": ""}, "data.cache must be a path as a string, or None, got ''"),
+        ({"corpus": "copy_memory", "level": "word"}, "data.level must be left out for the corpus 'copy_memory'"),
+        ({"corpus": "copy_memory", "folder": "x"}, "data.folder is read only for the corpora"),
+        ({"copy_memory": CopyMemoryConfig(seed=3)}, "data.copy_memory is read only for the corpus 'copy_memory'"),
+        ({"copy_memory": {"seed": 3}}, "data.copy_memory must be a CopyMemoryConfig, got {'seed': 3}"),
     ],
 )
 def test_wrong_field_is_named_at_construction(fields: dict, message: str):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepeq.data import SegmentStream
+from deepeq.data import Batches, SegmentStream
 
 
 def test_ten_tokens_in_two_rows_of_segments_of_three():
@@ -62,14 +62,29 @@ def test_segments_are_the_same_in_any_order_and_in_every_pass():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_segments_are_contiguous_copies_of_64_bits(batch_size: int):
-    ids = torch.arange(30)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_segments_are_contiguous_copies_of_64_bits(batch_size: int, dtype: torch.dtype):
+    ids = torch.arange(30, dtype=dtype)
     stream = SegmentStream(ids, batch_size=batch_size, segment_len=5)
     for part in stream.segment(0):
         assert part.is_contiguous()
         assert part.dtype == torch.int64
         part.fill_(-1)
-    assert torch.equal(ids, torch.arange(30))
+    assert torch.equal(ids, torch.arange(30, dtype=dtype))
+
+
+def test_stream_shares_the_memory_of_the_text():
+    ids = torch.arange(30, dtype=torch.int32)
+    stream = SegmentStream(ids, batch_size=3, segment_len=5)
+    ids[0] = 77
+    assert stream.segment(0)[0][0, 0] == 77
+
+
+def test_a_text_is_continuous_and_has_one_order():
+    stream: Batches = SegmentStream(torch.arange(30), batch_size=3, segment_len=5)
+    assert stream.continuous
+    for one, other in zip(stream.segment(1), stream.segment(1, epoch=7), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_every_second_token_can_be_streamed():
@@ -92,8 +107,8 @@ def test_counts_must_be_positive_integers(field: str, value: float):
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(4, 5, dtype=torch.int64), torch.zeros(20), torch.tensor(1)])
-def test_ids_must_be_a_vector_of_64_bit_integers(ids: torch.Tensor):
-    with pytest.raises(ValueError, match="ids must be one-dimensional int64, got the shape"):
+def test_ids_must_be_a_vector_of_integers(ids: torch.Tensor):
+    with pytest.raises(ValueError, match="ids must be one-dimensional int32 or int64, got the shape"):
         SegmentStream(ids, batch_size=2, segment_len=2)
 
 

@@ -14,7 +14,8 @@ from deepeq.data import Vocabulary
 
 # The same cases in every run, whatever the machine's speed.
 REPEATABLE = settings(deadline=None, derandomize=True, database=None)
-WORDS = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=5)
+# A literal <eos> is the end of a line and no word.
+WORDS = st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=5).filter(lambda w: w != "<eos>")
 LINES = st.lists(st.lists(WORDS, max_size=6), max_size=6)
 
 
@@ -28,6 +29,12 @@ def test_words_are_sorted_by_falling_frequency_then_alphabetically():
     vocabulary = Vocabulary.from_text("d b a\nb c d\nd e\n", "word")
     assert vocabulary.tokens == ("<eos>", "<unk>", "d", "b", "a", "c", "e")
     assert vocabulary.encode("a d\n\nb").tolist() == [4, 2, 0, 0, 3]
+
+
+def test_counted_tokens_make_the_vocabulary_of_their_text():
+    counts = {"d": 3, "<eos>": 3, "e": 1, "b": 2, "c": 1, "a": 1}
+    assert Vocabulary.from_counts(counts, "word") == Vocabulary.from_text("d b a\nb c d\nd e\n", "word")
+    assert Vocabulary.from_counts({"n": 2, "a": 3}, "character") == Vocabulary.from_text("nanaa", "character")
 
 
 def test_unknown_word_of_the_corpus_is_the_one_that_unseen_words_become():

@@ -9,6 +9,8 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
+from deepeq.data.batches import check_index, check_positive
+
 
 @dataclass(frozen=True, eq=False)
 class SegmentStream:
@@ -17,15 +19,16 @@ class SegmentStream:
     The text is cut into B streams of L consecutive tokens, one a row; the last N - B L tokens are dropped.
     Row b of segment i + 1 begins where row b of segment i ends, so that the memory of segment i is what comes
     before segment i + 1. In one pass every token of the streams is a target exactly once, but for each
-    stream's first token, which nothing precedes.
+    stream's first token, which nothing precedes. The text is never copied as a whole, so it may be a memory
+    map.
 
     Raises:
-        ValueError: ids is not (N,) int64, a number is not a positive integer, or a stream would have fewer
-            than two tokens.
+        ValueError: ids is not (N,) int32 or int64, a number is not a positive integer, or a stream would have
+            fewer than two tokens.
     """
 
     ids: Tensor = field(repr=False)
-    """The tokens of the text, (N,) int64."""
+    """The tokens of the text, (N,) int32 or int64."""
     _: KW_ONLY
     batch_size: int
     """B, the number of streams."""
@@ -35,12 +38,10 @@ class SegmentStream:
 
     def __post_init__(self) -> None:
         """Check the fields and cut the streams."""
-        if self.ids.ndim != 1 or self.ids.dtype != torch.int64:
+        if self.ids.ndim != 1 or self.ids.dtype not in (torch.int32, torch.int64):
             shape = tuple(self.ids.shape)
-            raise ValueError(f"ids must be one-dimensional int64, got the shape {shape} of {self.ids.dtype}.")
-        for name, value in (("batch_size", self.batch_size), ("segment_len", self.segment_len)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+            raise ValueError(f"ids must be one-dimensional int32 or int64, got the shape {shape} of {self.ids.dtype}.")
+        check_positive(batch_size=self.batch_size, segment_len=self.segment_len)
         num_ids, stream_len = self.ids.numel(), self.ids.numel() // self.batch_size
         if stream_len < 2:
             raise ValueError(
@@ -49,6 +50,11 @@ class SegmentStream:
             )
         kept = self.ids[: self.batch_size * stream_len]
         object.__setattr__(self, "_streams", kept.view(self.batch_size, stream_len))  # (B, L)
+
+    @property
+    def continuous(self) -> bool:
+        """True: every segment goes on where the one before ends."""
+        return True
 
     @property
     def num_tokens(self) -> int:
@@ -60,24 +66,25 @@ class SegmentStream:
         """The number of segments in one pass, ceil((L - 1) / T)."""
         return -(-(self._streams.shape[1] - 1) // self.segment_len)
 
-    def segment(self, index: int) -> tuple[Tensor, Tensor]:
+    def segment(self, index: int, *, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of a segment, each (B, T) int64; targets[:, t] follows inputs[:, t].
 
-        Both are copies: changing them leaves the text as it is.
+        Both are copies: changing them leaves the text as it is. A text has one order, so that every `epoch`
+        is the same.
 
         Raises:
             IndexError: the index lies outside 0 .. num_segments-1.
         """
-        if not 0 <= index < self.num_segments:
-            raise IndexError(f"index must lie in 0 .. {self.num_segments - 1} (num_segments - 1), got {index}.")
+        del epoch
+        check_index(index, self.num_segments)
         start = index * self.segment_len
         end = min(start + self.segment_len, self._streams.shape[1] - 1)
-        inputs, targets = self._streams[:, start:end], self._streams[:, start + 1 : end + 1]  # (B, T)
-        return (
-            inputs.clone(memory_format=torch.contiguous_format),
-            targets.clone(memory_format=torch.contiguous_format),
-        )
+        return _copy(self._streams[:, start:end]), _copy(self._streams[:, start + 1 : end + 1])  # (B, T) each
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the segments of one pass in order."""
         return map(self.segment, range(self.num_segments))
+
+
+def _copy(ids: Tensor) -> Tensor:
+    return ids.to(torch.int64, copy=True, memory_format=torch.contiguous_format)

@@ -5,7 +5,7 @@ Shapes: N tokens of one text, V size of the vocabulary.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -72,12 +72,17 @@ class Vocabulary:
         Raises:
             ValueError: the level is unknown.
         """
+        return cls.from_counts(Counter(split_tokens(text, level)), level)
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, int], level: Level) -> "Vocabulary":
+        """Return the vocabulary of tokens that were counted in a (training) text, special tokens first.
+
+        Raises:
+            ValueError: the level is unknown, or a token is nothing that a text of that level could hold.
+        """
         specials = _SPECIALS.get(level, ())
-        if level == "word":
-            counts = Counter(_split_words(text))
-            ordered = sorted(counts, key=lambda word: (-counts[word], word))
-        else:
-            ordered = sorted(set(text))
+        ordered = sorted(counts, key=lambda word: (-counts[word], word)) if level == "word" else sorted(counts)
         return cls(level=level, tokens=(*specials, *(token for token in ordered if token not in specials)))
 
     def encode(self, text: str) -> Tensor:
@@ -86,7 +91,7 @@ class Vocabulary:
         Every newline of a text of words becomes `<eos>`; a last line without newline is left open, so that a
         prompt can be continued. A literal `<eos>` among the words ends a line too.
         """
-        tokens = _split_words(text) if self.level == "word" else text
+        tokens = split_tokens(text, self.level)
         unknown = self._ids[UNKNOWN]
         look_up = self._ids.get
         return torch.tensor([look_up(token, unknown) for token in tokens], dtype=torch.int64)
@@ -158,8 +163,9 @@ class Vocabulary:
         return f"Vocabulary(level={self.level!r}, {len(self.tokens)} tokens)"
 
 
-def _split_words(text: str) -> list[str]:
-    return text.replace("\n", f" {END_OF_LINE} ").split()
+def split_tokens(text: str, level: Level) -> Sequence[str]:
+    """Return the tokens of a text: its characters, or its words with `<eos>` for every newline."""
+    return text.replace("\n", f" {END_OF_LINE} ").split() if level == "word" else text
 
 
 def _is_readable(token: str, level: Level) -> bool:

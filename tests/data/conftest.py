@@ -1,0 +1,42 @@
+"""Where the data tests keep what they prepare, and texts to prepare."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deepeq.data.published import PUBLISHED, PublishedName
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache that no other run has filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPEQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def write_splits(tmp_path: Path) -> Callable[..., Path]:
+    """Writes three files into a folder of the test and returns the folder."""
+
+    def write(train: str, valid: str, test: str, *, folder: str = "text", names: str = "{}.txt") -> Path:
+        path = tmp_path / folder
+        path.mkdir(exist_ok=True)
+        for split, text in (("train", train), ("valid", valid), ("test", test)):
+            (path / names.format(split)).write_text(text, encoding="utf-8", newline="")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def set_published_counts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets a small text be the published one of a name."""
+
+    def change(name: PublishedName, vocab_size: int, tokens: tuple[int, int, int]) -> None:
+        published = replace(PUBLISHED[name], vocab_size=vocab_size, tokens=tokens)
+        monkeypatch.setitem(PUBLISHED, name, published)
+
+    return change
