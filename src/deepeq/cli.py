@@ -9,10 +9,13 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from deepeq import __version__
-from deepeq.data import SegmentStream
+from deepeq.data.download import prepare_corpus
+from deepeq.data.published import PUBLISHED
 from deepeq.solution import ConvergenceError
 from deepeq.train import Interrupted, RunFolder, TrainingError, evaluate, generate, plot_run, train
 from deepeq.train.config import add_run_arguments, run_config
+from deepeq.train.display import preparation
+from deepeq.train.info import describe_model
 from deepeq.train.metrics import quality
 
 
@@ -63,6 +66,20 @@ def _parser() -> ArgumentParser:
     generation.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     commands.add_subcommand("generate", generation, help="continue a text")
 
+    information = ArgumentParser(
+        description="Sizes and costs of the model of a recipe, without allocating it; prints JSON.",
+        usage="deepeq info --config RECIPE [--FIELD VALUE ...]",
+    )
+    add_run_arguments(information)
+    information.add_argument("--vocab_size", type=int, help="number of tokens (default: that of the corpus)")
+    commands.add_subcommand("info", information, help="sizes and costs of a model")
+
+    data = ArgumentParser(description="Download a published corpus if it is not at hand, and prepare it; prints JSON.")
+    data.add_argument("name", choices=tuple(PUBLISHED), help="corpus")
+    data.add_argument("--dir", type=str, required=True, help="folder of the text and of what is made of it")
+    data.add_argument("--download", type=bool, default=True, help="whether to download what is missing")
+    commands.add_subcommand("data", data, help="prepare a corpus")
+
     commands.add_subcommand("plot", _run_parser("Draw the figures of a run; prints their paths."), help="draw figures")
     return parser
 
@@ -80,18 +97,21 @@ def _train(arguments: Namespace) -> None:
 def _eval(arguments: Namespace) -> None:
     folder = RunFolder(Path(arguments.run))
     config, vocabulary, model = folder.load_model()
-    corpus = folder.load_corpus(config)
-    stream = SegmentStream(
-        getattr(corpus, arguments.split),
-        batch_size=config.train.eval_batch_size if arguments.batch_size is None else arguments.batch_size,
-        segment_len=config.train.segment_len if arguments.segment_len is None else arguments.segment_len,
+    train = config.train
+    batches = folder.load_corpus(config).stream(
+        arguments.split,
+        batch_size=train.eval_batch_size if arguments.batch_size is None else arguments.batch_size,
+        segment_len=arguments.segment_len or train.eval_segment_len or train.segment_len,
     )
-    values = evaluate(model, stream)
-    print(json.dumps({"split": arguments.split} | quality(vocabulary.level, values["nll"]) | values))
+    values = evaluate(model, batches)
+    level = "symbol" if vocabulary is None else vocabulary.level
+    print(json.dumps({"split": arguments.split} | quality(level, values["nll"]) | values))
 
 
 def _generate(arguments: Namespace) -> None:
     config, vocabulary, model = RunFolder(Path(arguments.run)).load_model()
+    if vocabulary is None:
+        raise ValueError(f"{arguments.run} was trained on {config.data.corpus}, which is no text to continue")
     tokens = generate(
         model,
         vocabulary.encode(arguments.prompt),
@@ -111,9 +131,19 @@ def _generate(arguments: Namespace) -> None:
     print()
 
 
+def _info(arguments: Namespace) -> None:
+    print(json.dumps(describe_model(run_config(arguments), vocab_size=arguments.vocab_size), indent=1))
+
+
+def _data(arguments: Namespace) -> None:
+    with preparation() as progress:
+        summary = prepare_corpus(arguments.name, Path(arguments.dir), download=arguments.download, progress=progress)
+    print(json.dumps(summary))
+
+
 def _plot(arguments: Namespace) -> None:
     for path in plot_run(Path(arguments.run)):
         print(path)
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "generate": _generate, "plot": _plot}
+_COMMANDS = {"data": _data, "train": _train, "eval": _eval, "generate": _generate, "info": _info, "plot": _plot}

@@ -1,5 +1,6 @@
 """A tiny run on a small text, for everything that needs one."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from deepeq import GMRES, Anderson
 from deepeq.data import DataConfig
-from deepeq.models import TransformerConfig
+from deepeq.models import LayerConfig, ModelConfig, TransformerConfig
 from deepeq.train.config import EquilibriumConfig, FolderConfig, OptimizerConfig, RunConfig, TrainConfig
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
@@ -20,12 +21,20 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prepared text goes to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPEQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def config(text_file: Path, tmp_path: Path) -> RunConfig:
     """Twelve steps of a very small model, four of them warm-up, in a fresh folder."""
     return RunConfig(
         data=DataConfig(files=(str(text_file),)),
-        model=TransformerConfig(d_model=16, num_heads=2, d_inner=32, memory_len=8),
+        model=ModelConfig(layer=TransformerConfig(d_model=16, num_heads=2, d_inner=32, memory_len=8, init_std=0.2)),
         equilibrium=EquilibriumConfig(
             solver=Anderson(rtol=1e-2, max_steps=8),
             backward=GMRES(rtol=1e-1, max_steps=6),
@@ -54,3 +63,10 @@ def with_train(config: RunConfig, **values: object) -> RunConfig:
 
 def with_run(config: RunConfig, **values: object) -> RunConfig:
     return replace(config, run=replace(config.run, **values))  # pyright: ignore[reportArgumentType]
+
+
+def with_layer(config: RunConfig, layer: LayerConfig | None = None, **values: object) -> RunConfig:
+    """The run with another layer, or with other values of its layer."""
+    assert config.model.layer is not None
+    layer = replace(layer or config.model.layer, **values)  # pyright: ignore[reportArgumentType]
+    return replace(config, model=replace(config.model, layer=layer))

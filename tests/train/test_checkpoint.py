@@ -8,19 +8,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from deepeq.models import LanguageModel, Memory, TransformerConfig, nll
-from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
+from deepeq.models import LanguageModel, Memory, ModelConfig, TransformerConfig, TrellisMemory
+from deepeq.train.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from deepeq.train.config import OptimizerConfig
 from deepeq.train.optimizer import make_optimizer
 
 
 def make_model(d_model: int = 8) -> LanguageModel:
-    return LanguageModel(7, TransformerConfig(d_model=d_model, num_heads=2, d_inner=8))
+    return LanguageModel(7, ModelConfig(layer=TransformerConfig(d_model=d_model, num_heads=2, d_inner=8)))
 
 
 def one_step(model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
     tokens = torch.arange(12).reshape(2, 6) % 7
-    nll(model(tokens).logits, tokens.roll(1)).backward()
+    model(tokens, None, tokens.roll(1)).nll.mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -53,6 +53,24 @@ def test_model_optimizer_memory_and_random_state_come_back(saved: tuple) -> None
         one_step(other, other_optimizer)
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        None,
+        torch.ones(2),
+        Memory(torch.ones(2), torch.zeros(3)),
+        (TrellisMemory(torch.ones(1), torch.ones(2), torch.ones(3)), (torch.zeros(2),)),
+    ],
+)
+def test_memory_of_any_network_comes_back(tmp_path: Path, memory: object) -> None:
+    model = make_model()
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, model, progress={}, optimizer=make_optimizer(model, OptimizerConfig()), memory=memory)
+    back = load_checkpoint(path, model)[1]
+    assert type(back) is type(memory)
+    torch.testing.assert_close(back, memory)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_checkpoint_cut_short_is_named(saved: tuple, share: float) -> None:
     path, _, _ = saved
@@ -77,10 +95,10 @@ def test_pickle_is_never_loaded(tmp_path: Path) -> None:
 def test_checkpoint_of_another_model_is_refused_and_changes_nothing(saved: tuple) -> None:
     path, _, _ = saved
     other = make_model(d_model=16)
-    before = other.embedding.clone()
+    before = other.embedding.tables[0].clone()
     with pytest.raises(ValueError, match="belongs to another model"):
         load_checkpoint(path, other)
-    assert torch.equal(other.embedding, before)
+    assert torch.equal(other.embedding.tables[0], before)
 
 
 def test_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
@@ -114,21 +132,23 @@ def test_failed_write_leaves_the_previous_checkpoint_whole(saved: tuple, monkeyp
     assert [p.name for p in path.parent.iterdir()] == ["last.safetensors"]
 
 
-@pytest.mark.parametrize("damage", ["progress", "memory", "random"])
+@pytest.mark.parametrize("damage", ["progress", "memory", "structure", "random"])
 def test_checkpoint_with_a_part_missing_is_damaged_and_changes_nothing(saved: tuple, damage: str) -> None:
     path, model, _ = saved
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {"memory.x": torch.ones(1), "memory.z": torch.ones(1), "random.cpu": torch.get_rng_state()}
-    metadata = {"format": "deepeq-checkpoint-1", "progress": "{}"}
+    tensors |= {"memory.0": torch.ones(1), "memory.1": torch.ones(1), "random.cpu": torch.get_rng_state()}
+    metadata = {"format": FORMAT, "progress": "{}", "memory": '["Memory", 0, 1]'}
     if damage == "progress":
         del metadata["progress"]
     elif damage == "memory":
-        del tensors["memory.z"]
+        del tensors["memory.1"]
+    elif damage == "structure":
+        metadata["memory"] = '["Elsewhere", 0]'
     else:
         tensors["random.cpu"] = torch.zeros(3, dtype=torch.uint8)
     save_file(tensors, path, metadata=metadata)
     other = make_model()
-    before = other.embedding.clone()
+    before = other.embedding.tables[0].clone()
     with pytest.raises(ValueError, match="last.safetensors is damaged"):
         load_checkpoint(path, other, make_optimizer(other, OptimizerConfig()))
-    assert torch.equal(other.embedding, before)
+    assert torch.equal(other.embedding.tables[0], before)

@@ -17,7 +17,7 @@ from deepeq.train.config import (
     save_config,
 )
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
 
 def test_saved_configuration_reads_back_equal(config: RunConfig, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_options_of_a_default_solver_do_not_leak_into_another_class(tmp_path: Pa
 def test_configuration_of_a_run_that_was_cut_short_is_damaged(config: RunConfig, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     save_config(config, path)
-    path.write_text(path.read_text().split("train:")[0])
+    path.write_text(path.read_text().split("\ntrain:")[0] + "\n")
     load_config(path)  # a recipe may leave out what it likes
     with pytest.raises(ValueError, match="config.yaml is damaged: it lacks train, run"):
         load_config(path, complete=True)

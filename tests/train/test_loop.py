@@ -12,11 +12,14 @@ import torch
 
 from deepeq import DEQ, Broyden
 from deepeq.cli import main
-from deepeq.models import LanguageModel
+from deepeq.data import CopyMemoryConfig, DataConfig
+from deepeq.models import LanguageModel, RecurrentConfig, TCNConfig, TiedNetwork, TrellisConfig
+from deepeq.nn import AdaptiveSoftmax
 from deepeq.train import Interrupted, RunConfig, RunFolder, Trainer, TrainingError, evaluate, generate, plot_run, train
 from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
+from deepeq.train.config import EquilibriumConfig
 from deepeq.train.metrics import read_metrics
-from tests.train.conftest import with_run, with_train
+from tests.train.conftest import with_layer, with_run, with_train
 
 
 def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
@@ -27,7 +30,7 @@ def test_run_learns_and_writes_what_it_promises(config: RunConfig) -> None:
     config = with_train(config, steps=200, eval_every=100)
     result = train(config)
     folder = RunFolder(Path(result["run_dir"]))
-    assert result["test_bits_per_character"] < result["unigram_bits_per_character"] - 0.5
+    assert result["test_bits_per_character"] < result["baseline_bits_per_character"] - 0.5
     assert result["num_steps"] == 200
     assert result["num_params"] == folder.load_model()[2].num_params
     assert json.loads(folder.result.read_text()) == result
@@ -95,11 +98,11 @@ def test_non_finite_value_stops_before_the_optimizer(
     trainer.warm_up_steps = 0
     before = [p.detach().clone() for p in trainer.model.parameters()]
     if where == "loss":
-        monkeypatch.setattr("deepeq.train.loop.nll", lambda logits, targets: logits.sum() * math.nan)
+        monkeypatch.setattr(AdaptiveSoftmax, "nll", lambda self, hidden, targets: hidden.sum() * math.nan)
     elif where == "gradient":
-        trainer.model.embedding.register_hook(lambda gradient: gradient * math.inf)
+        trainer.model.embedding.tables[0].register_hook(lambda gradient: gradient * math.inf)
     else:
-        trainer.model.cell.register_forward_hook(lambda cell, arguments, z: z * math.nan)
+        trainer.model.network.core.cell.register_forward_hook(lambda cell, arguments, z: z * math.nan)
     with pytest.raises(TrainingError, match=r"step 1: .*(nan|inf|non-finite)"):
         trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
@@ -132,14 +135,14 @@ def test_resuming_another_run_is_refused_and_changes_nothing(config: RunConfig, 
     before = folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes()
     other = with_run(config, resume=True)
     if part == "model":
-        other = replace(other, model=replace(other.model, d_inner=16))
+        other = with_layer(other, d_inner=16)
     elif part == "train":
         other = with_train(other, segment_len=4)
     elif part == "text":
         own.write_text("hgfedcba abcdefgh " * 100)
     else:
         other = with_train(other, steps=2)
-    message = {"model": "another model.d_inner", "train": "another train.segment_len", "text": "text .* has changed"}
+    message = {"model": "another model.layer", "train": "another train.segment_len", "text": "text .* has changed"}
     with pytest.raises(ValueError, match=message.get(part, "past train.steps=2")):
         train(other)
     assert before == (folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes())
@@ -168,7 +171,7 @@ def test_damaged_parameters_fail_the_command_with_one_sentence(
     folder = RunFolder(Path(config.run.dir or ""))
     _, _, model = folder.load_model()
     with torch.no_grad():
-        model.embedding.fill_(math.nan)
+        model.embedding.tables[0].fill_(math.nan)
     save_checkpoint(folder.best, model, progress={})
     capsys.readouterr()
     for command in (["eval"], ["generate", "--prompt", "a"]):
@@ -186,6 +189,8 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         "warm_up_depth": {"warm_up_depth": 2},
         "jacobian_weight": {"jacobian_weight": 0.0},
         "jacobian_share": {"jacobian_share": 1.0},
+        "jacobian_final_weight": {"jacobian_final_weight": 0.5},
+        "subsequence_len": {"subsequence_len": 3},
     }
     seen = {}
     for name, values in variants.items():
@@ -194,6 +199,60 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         Trainer(with_run(variant, dir=str(folder)), RunFolder(folder)).fit()
         seen[name] = losses(folder)[-1][1]
     assert len(set(seen.values())) == len(seen), seen
+
+
+EXPLICIT = {
+    "trellis": (TrellisConfig(d_input=8, d_hidden=12, d_output=8), {}),
+    "tied": (None, {"depth": 2}),
+    "untied": (None, {"depth": 2, "tied": False}),
+    "auxiliary": (TrellisConfig(d_input=8, d_hidden=12, d_output=8), {"depth": 4, "auxiliary_every": 2}),
+    "tcn": (TCNConfig(d_input=8, d_hidden=8, kernel_size=2), {"depth": 2, "tied": False}),
+    "lstm": (RecurrentConfig(d_input=8, d_hidden=8), {"depth": 1, "tied": False}),
+    "gru": (RecurrentConfig(d_input=8, d_hidden=8, kind="gru"), {"depth": 2, "tied": False}),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_every_network_trains_and_resumes_to_the_same_losses(config: RunConfig, name: str, tmp_path: Path) -> None:
+    layer, values = EXPLICIT[name]
+    config = replace(
+        config,
+        model=replace(config.model, **({"layer": layer} if layer else {}), **values),
+        equilibrium=EquilibriumConfig() if values else config.equilibrium,
+    )
+    whole = train(with_run(config, dir=str(tmp_path / "whole")))
+    assert ("test_unconverged" in whole) == (name == "trellis")
+    halves = with_run(config, dir=str(tmp_path / "halves"))
+    first = Trainer(halves, RunFolder(tmp_path / "halves"))
+    first._validate = lambda: os.kill(os.getpid(), signal.SIGINT)  # after step 6
+    with pytest.raises(Interrupted):
+        first.fit()
+    train(with_run(halves, resume=True))
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert any("auxiliary_nll" in row for row in rows) == (name == "auxiliary")
+
+
+def test_copy_memory_trains_and_is_measured_in_its_own_loss(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = CopyMemoryConfig(blank_len=5, num_train=24, num_test=6)
+    config = replace(config, data=DataConfig(corpus="copy_memory", copy_memory=task))
+    config = with_train(with_layer(config, memory_len=0), segment_len=25, steps=20, eval_batch_size=4)
+    result = train(config)
+    assert result["baseline_loss"] == pytest.approx(10 * math.log(8) / 25)
+    assert 0 < result["test_loss"] < 3
+    assert result["test_num_tokens"] == 6 * 25
+    capsys.readouterr()
+    assert main(["eval", "--run", str(config.run.dir)]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["test_loss"])
+    assert main(["generate", "--run", str(config.run.dir), "--prompt", "1"]) == 2
+    assert "no text to continue" in capsys.readouterr().err
+
+
+def test_equilibrium_section_of_an_explicit_network_is_refused(config: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"equilibrium is set, but model.depth=2 makes an explicit network"):
+        replace(config, model=replace(config.model, depth=2))
 
 
 def test_bfloat16_training_stays_close_to_float32(config: RunConfig, tmp_path: Path) -> None:
@@ -212,7 +271,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     path = tmp_path_factory.mktemp("finished")
     (path / "recipe.yaml").write_text(
         f"data: {{files: ['{text_file}']}}\n"
-        "model: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 8}\n"
+        "model: {layer: {class_path: deepeq.models.TransformerConfig, "
+        "init_args: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 8}}}\n"
         "train: {steps: 30, batch_size: 4, segment_len: 8, eval_batch_size: 2, log_every: 5, accelerator: cpu}\n"
     )
     assert main(["train", "--config", str(path / "recipe.yaml"), "--run.dir", str(path / "run")]) == 0
@@ -298,13 +358,14 @@ def test_plot_without_measurements_says_so(tmp_path: Path) -> None:
 
 def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
     trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
-    stream = trainer.streams["valid"]
+    stream = trainer.batches["valid"]
     lengths = {targets.shape[1] for _, targets in stream}
     assert len(lengths) == 2  # the last segment is shorter
     values, memory, total = evaluate(trainer.model, stream), None, 0.0
     for tokens, targets in stream:
-        logits, memory, _ = trainer.model(tokens, memory)
-        picked = logits.log_softmax(dim=-1).gather(2, targets.unsqueeze(2))
+        output = trainer.model(tokens, memory)
+        memory = output.memory
+        picked = output.logits.log_softmax(dim=-1).gather(2, targets.unsqueeze(2))
         total -= float(picked.sum().detach())
     assert values["num_tokens"] == sum(targets.numel() for _, targets in stream)
     assert values["nll"] == pytest.approx(total / values["num_tokens"], rel=1e-5)
@@ -312,11 +373,13 @@ def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
 
 @pytest.mark.parametrize("memory_len", [0, 20])
 def test_generation_sees_the_whole_prompt_whatever_the_segments(config: RunConfig, memory_len: int) -> None:
-    model = LanguageModel(7, replace(config.model, memory_len=memory_len, init_std=0.15)).double()
+    model = LanguageModel(7, with_layer(config, memory_len=memory_len, init_std=0.15).model).double()
+    network = model.network
+    assert isinstance(network, TiedNetwork)
     with torch.no_grad():  # injected values outweigh the residual connection, so that the equilibrium is one
-        model.embedding *= 5
-        model.cell.output.weight *= 8
-    model.core = DEQ(model.cell, solver=Broyden(rtol=1e-11, max_steps=200))
+        model.embedding.tables[0] *= 5
+        network.cell.output_projection.weight *= 8
+    network.core = DEQ(network.cell, solver=Broyden(rtol=1e-11, max_steps=200))
     prompt = torch.arange(10) % 7
     expected = []
     for _ in range(4):

@@ -5,7 +5,8 @@ from deepeq.train.evaluation import evaluate
 from deepeq.train.figures import plot_run
 from deepeq.train.folder import RunFolder
 from deepeq.train.generation import generate
-from deepeq.train.loop import Interrupted, Trainer, TrainingError, train
+from deepeq.train.loop import Interrupted, Trainer, TrainingError
+from deepeq.train.run import train
 
 __all__ = [
     "Interrupted",

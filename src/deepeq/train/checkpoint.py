@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepeq.models import Memory
+from deepeq.models import MEMORY_TYPES
 
-FORMAT = "deepeq-checkpoint-1"
+FORMAT = "deepeq-checkpoint-2"
+
+_TUPLES = {kind.__name__: kind for kind in MEMORY_TYPES}
 
 
 def save_checkpoint(
@@ -22,7 +24,7 @@ def save_checkpoint(
     *,
     progress: dict[str, Any],
     optimizer: Optimizer | None = None,
-    memory: Memory | None = None,
+    memory: Any = None,
 ) -> None:
     """Write all that a run needs to go on exactly where it was; an older file stays whole until this one is complete.
 
@@ -31,20 +33,22 @@ def save_checkpoint(
         model: Its parameters are kept.
         progress: What JSON can hold: step, time, best result.
         optimizer: Its state is kept by parameter name; without it the file is for evaluation only.
-        memory: Memory of the training streams.
+        memory: Memory of the training streams: tensors in tuples.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if optimizer is not None:
         for name, state in _states(model, optimizer).items():
             tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
         tensors["random.cpu"] = torch.get_rng_state()
-    if memory is not None:
-        tensors |= {"memory.x": memory.x, "memory.z": memory.z}
+    leaves: list[Tensor] = []
+    structure = _describe(memory, leaves)
+    tensors |= {f"memory.{index}": leaf for index, leaf in enumerate(leaves)}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "progress": json.dumps(progress)})
+        metadata = {"format": FORMAT, "progress": json.dumps(progress), "memory": json.dumps(structure)}
+        save_file(tensors, temporary, metadata=metadata)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -54,9 +58,7 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: Optimizer | None = None
-) -> tuple[dict[str, Any], Memory | None]:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> tuple[dict[str, Any], Any]:
     """Put a checkpoint into a model, and into its optimizer and the random state if one is given.
 
     Returns:
@@ -73,7 +75,7 @@ def load_checkpoint(
         raise ValueError(f"{path} is no checkpoint of this version of deepeq (format {metadata.get('format')!r})")
     try:
         progress = json.loads(metadata["progress"])
-        memory = Memory(tensors["memory.x"], tensors["memory.z"]) if "memory.x" in tensors else None
+        memory = _rebuild(json.loads(metadata["memory"]), _part(tensors, "memory."))
         random_state = None if optimizer is None else tensors.get("random.cpu")
         if random_state is not None:
             torch.Generator().set_state(random_state)  # before anything is changed
@@ -86,6 +88,26 @@ def load_checkpoint(
         _load_optimizer(model, optimizer, _part(tensors, "optimizer."))
         torch.set_rng_state(random_state)
     return progress, memory
+
+
+def _describe(memory: Any, leaves: list[Tensor]) -> Any:
+    """The structure of a memory for JSON, with a number in the place of each tensor, which goes to `leaves`."""
+    if memory is None:
+        return None
+    if isinstance(memory, Tensor):
+        leaves.append(memory)
+        return len(leaves) - 1
+    return [type(memory).__name__, *(_describe(part, leaves) for part in memory)]
+
+
+def _rebuild(structure: Any, leaves: dict[str, Tensor]) -> Any:
+    if structure is None:
+        return None
+    if isinstance(structure, int):
+        return leaves[str(structure)]
+    name, *parts = structure
+    rebuilt = tuple(_rebuild(part, leaves) for part in parts)
+    return rebuilt if name == "tuple" else _TUPLES[name](*rebuilt)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from deepeq.data import DataConfig
 from deepeq.data.files import write_atomically
-from deepeq.models import TransformerConfig
+from deepeq.models import LayerConfig, ModelConfig
 from deepeq.solvers import GMRES, Anderson, Broyden, Solver
 
 # A recipe may name the classes of this library and nothing else: a foreign one must not run code.
@@ -40,8 +40,12 @@ class EquilibriumConfig:
     """Share of the steps that train a shallow stack of the cell first (Bai et al. 2019, appendix E); in [0, 1)."""
     warm_up_depth: int = 3
     """Depth of that stack, in layers."""
+    subsequence_len: int | None = None
+    """Solve for pieces of a segment of at most this length, one after the other (appendix E); None for one piece."""
     jacobian_weight: float = 0.0
     """Weight of `jacobian_penalty` in the loss, which keeps the equilibrium easy to find; 0 for none."""
+    jacobian_final_weight: float | None = None
+    """Weight at the last step, reached along a straight line from `jacobian_weight`; None for no change."""
     jacobian_share: float = 0.5
     """Share of the steps that pay for the penalty, evenly spread; in (0, 1]."""
 
@@ -51,11 +55,14 @@ class EquilibriumConfig:
             problems.append(f"warm_up_share={self.warm_up_share!r} must lie in [0, 1)")
         if self.warm_up_depth < 1:
             problems.append(f"warm_up_depth={self.warm_up_depth!r} must be >= 1")
-        if not 0.0 <= self.jacobian_weight < math.inf or not 0.0 < self.jacobian_share <= 1.0:
-            problems.append(
-                f"jacobian_weight={self.jacobian_weight!r} must be >= 0 and jacobian_share={self.jacobian_share!r} "
-                "must lie in (0, 1]"
-            )
+        if self.subsequence_len is not None and self.subsequence_len < 1:
+            problems.append(f"subsequence_len={self.subsequence_len!r} must be >= 1")
+        for name in ("jacobian_weight", "jacobian_final_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                problems.append(f"{name}={value!r} must be >= 0")
+        if not 0.0 < self.jacobian_share <= 1.0:
+            problems.append(f"jacobian_share={self.jacobian_share!r} must lie in (0, 1]")
         _raise("equilibrium", problems)
 
     def with_defaults(self) -> "EquilibriumConfig":
@@ -70,16 +77,22 @@ class EquilibriumConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear rise and a cosine fall of the learning rate."""
+    """How parameters follow the gradient: the rule, and the learning rate over the steps."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """`adamw` is Adam with decoupled decay, plain Adam at `weight_decay=0`; `sgd` is without momentum."""
     lr: float = 2e-3
     """Highest learning rate."""
+    schedule: Literal["cosine", "drops"] = "cosine"
+    """After the rise, half a cosine down to `min_lr_share`, or a division by ten at each of `drops`."""
     min_lr_share: float = 0.05
-    """Share of `lr` at the last step."""
+    """Share of `lr` at the last step of a cosine."""
+    drops: tuple[float, ...] = ()
+    """Where the learning rate is divided by ten, as shares of the run; for `schedule=drops`."""
     warm_up_steps: int = 50
     """Optimizer steps of the linear rise."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Decay of the running mean of the gradient and of its square."""
+    """Adam's decay of the running mean of the gradient and of its square."""
     weight_decay: float = 0.01
     """Decay of matrices; vectors have none."""
     max_gradient_norm: float = 1.0
@@ -91,6 +104,10 @@ class OptimizerConfig:
             problems.append(f"lr={self.lr!r} must be > 0 and finite")
         if not 0.0 <= self.min_lr_share <= 1.0:
             problems.append(f"min_lr_share={self.min_lr_share!r} must lie in [0, 1]")
+        if not all(0.0 < drop < 1.0 for drop in self.drops):
+            problems.append(f"drops={self.drops!r} must lie in (0, 1)")
+        if self.drops and self.schedule != "drops":
+            problems.append(f"drops={self.drops!r} needs schedule='drops', got {self.schedule!r}")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             problems.append(f"betas={self.betas!r} must lie in [0, 1)")
         if self.warm_up_steps < 0 or not 0.0 <= self.weight_decay < math.inf:
@@ -112,6 +129,8 @@ class TrainConfig:
     """Tokens of a stream in one step."""
     eval_batch_size: int = 16
     """Streams of the validation and test text."""
+    eval_segment_len: int | None = None
+    """Tokens of a stream in one evaluation; None for `segment_len`."""
     eval_every: int = 500
     """Optimizer steps between two looks at the validation text."""
     checkpoint_every: int = 500
@@ -136,6 +155,8 @@ class TrainConfig:
             "log_every",
         )
         problems = [f"{name}={getattr(self, name)!r} must be >= 1" for name in counts if getattr(self, name) < 1]
+        if self.eval_segment_len is not None and self.eval_segment_len < 1:
+            problems.append(f"eval_segment_len={self.eval_segment_len!r} must be >= 1")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed={self.seed!r} must lie in [0, 2^63)")
         if self.accelerator == "cuda" and not torch.cuda.is_available():
@@ -166,14 +187,20 @@ class RunConfig:
     """All of a run; a recipe is this in YAML."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     equilibrium: EquilibriumConfig = field(default_factory=EquilibriumConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: FolderConfig = field(default_factory=FolderConfig)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "equilibrium", self.equilibrium.with_defaults())
+        if self.model.depth == 0:
+            object.__setattr__(self, "equilibrium", self.equilibrium.with_defaults())
+        elif self.equilibrium != EquilibriumConfig():
+            raise ValueError(
+                f"equilibrium is set, but model.depth={self.model.depth!r} makes an explicit network, which has none: "
+                "leave equilibrium out, or set model.depth to 0"
+            )
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
@@ -214,9 +241,10 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Solver):
-        arguments = {f.name: getattr(value, f.name) for f in fields(value)}
-        return {"class_path": f"deepeq.{type(value).__name__}", "init_args": arguments}
+    if isinstance(value, Solver | LayerConfig):
+        arguments = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        module = "deepeq" if isinstance(value, Solver) else "deepeq.models"
+        return {"class_path": f"{module}.{type(value).__name__}", "init_args": arguments}
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     return list(value) if isinstance(value, tuple) else value

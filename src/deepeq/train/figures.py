@@ -8,13 +8,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deepeq.data import SegmentStream
 from deepeq.deq import DEQ
+from deepeq.models import TiedNetwork
 from deepeq.solvers import FixedPointIteration
+from deepeq.train.config import load_config
 from deepeq.train.folder import RunFolder
 from deepeq.train.metrics import read_metrics
 
-_LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity", "nll": "nats a token"}
+_LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity", "loss": "nats a position"}
 _CONVERGENCE_STEPS = 60
 
 
@@ -30,9 +31,11 @@ def plot_run(path: Path) -> list[Path]:
     if not any(row["split"] == "train" for row in rows):
         raise ValueError(f"{folder.metrics} holds no line of training yet; train for at least train.log_every steps")
     folder.figures.mkdir(exist_ok=True)
-    figures = {"loss": _loss(rows), "steps": _steps(rows)}
-    if folder.last.exists():
-        figures["convergence"] = _convergence(*_residuals(folder))
+    figures = {"loss": _loss(rows)}
+    if load_config(folder.config, complete=True).model.depth == 0:
+        figures["steps"] = _steps(rows)
+        if folder.last.exists():
+            figures["convergence"] = _convergence(*_residuals(folder))
     written = []
     for name, figure in figures.items():
         written.append(folder.figures / f"{name}.png")
@@ -59,14 +62,14 @@ def _shade_warm_up(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _loss(rows: list[dict[str, Any]]) -> Figure:
-    name = next((name for name in _LABELS if any(name in row for row in rows)), "nll")
+    name = next((name for name in _LABELS if any(name in row for row in rows)), "loss")
     figure, axes = _figure("Training", "optimizer step", _LABELS[name])
     _shade_warm_up(axes, rows)
     axes.plot(*_series(rows, "train", name), linewidth=1, label="training")
     axes.plot(*_series(rows, "valid", name), "o-", markersize=4, label="validation")
     for step, value in zip(*_series(rows, "test", name), strict=True):
         axes.plot([step], [value], "*", markersize=11, color="black", label=f"test {value:.3g}")
-    if name == "perplexity":
+    if name in ("perplexity", "loss"):
         axes.set_yscale("log")
     axes.legend()
     return figure
@@ -88,16 +91,18 @@ def _steps(rows: list[dict[str, Any]]) -> Figure:
 def _residuals(folder: RunFolder) -> tuple[dict[str, Tensor], int]:
     """Relative residuals `(steps, B)` on validation text, of the solver of evaluation and of stacking the cell."""
     config, _, model = folder.load_model()
-    corpus = folder.load_corpus(config)
-    stream = SegmentStream(corpus.valid, batch_size=config.train.eval_batch_size, segment_len=config.train.segment_len)
-    _, memory, _ = model(stream.segment(0)[0])
-    x = model.embed(stream.segment(min(1, stream.num_segments - 1))[0])
-    assert config.equilibrium.evaluation is not None
-    solver = replace(config.equilibrium.evaluation, rtol=1e-6, atol=0.0, max_steps=_CONVERGENCE_STEPS)
+    network, evaluation = model.network, config.equilibrium.evaluation
+    assert isinstance(network, TiedNetwork)
+    assert evaluation is not None
+    length = config.train.eval_segment_len or config.train.segment_len
+    batches = folder.load_corpus(config).stream("valid", batch_size=config.train.eval_batch_size, segment_len=length)
+    memory = model(batches.segment(0)[0]).memory if batches.continuous else None
+    x = model.embedding(batches.segment(min(1, batches.num_segments - 1))[0])
+    solver = replace(evaluation, rtol=1e-6, atol=0.0, max_steps=_CONVERGENCE_STEPS)
     stack = FixedPointIteration(rtol=1e-6, max_steps=_CONVERGENCE_STEPS)
     traces = {
-        f"DEQ ({type(solver).__name__})": DEQ(model.cell, solver=solver)(x, memory=memory).trace,
-        "stacking the cell": DEQ(model.cell, solver=stack)(x, memory=memory).trace,
+        f"DEQ ({type(solver).__name__})": DEQ(network.cell, solver=solver)(x, memory=memory).trace,
+        "stacking the cell": DEQ(network.cell, solver=stack)(x, memory=memory).trace,
     }
     return traces, x.shape[1]
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from deepeq.data import Corpus, Vocabulary, load_corpus
-from deepeq.deq import DEQ
-from deepeq.models import LanguageModel
+from deepeq.data import CopyMemory, Corpus, Vocabulary, known_vocab_size, load_corpus
+from deepeq.models import LanguageModel, TiedNetwork
 from deepeq.train.checkpoint import load_checkpoint
 from deepeq.train.config import RunConfig, load_config
+from deepeq.train.cores import evaluation_core
 
 
 class RunFolder:
@@ -45,27 +45,32 @@ class RunFolder:
             )
         return folder
 
-    def load_model(self) -> tuple[RunConfig, Vocabulary, LanguageModel]:
-        """The configuration, the vocabulary, and the model of the best checkpoint, with the solver of evaluation.
+    def load_model(self) -> tuple[RunConfig, Vocabulary | None, LanguageModel]:
+        """The configuration, the vocabulary if there is text, and the model of the best checkpoint for evaluation.
 
         Raises:
             FileNotFoundError: the folder holds no run, or no checkpoint yet.
             ValueError: a file in it is damaged.
         """
-        config, vocabulary = load_config(self.config, complete=True), Vocabulary.load(self.vocabulary)
-        model = LanguageModel(len(vocabulary), config.model)
+        config = load_config(self.config, complete=True)
+        vocabulary = Vocabulary.load(self.vocabulary) if config.data.corpus != "copy_memory" else None
+        size = known_vocab_size(config.data) if vocabulary is None else len(vocabulary)
+        assert size is not None
+        model = LanguageModel(size, config.model)
         load_checkpoint(self.best if self.best.exists() else self.last, model)
-        model.core = DEQ(model.cell, solver=config.equilibrium.evaluation)
+        if config.model.depth == 0:
+            assert isinstance(model.network, TiedNetwork)
+            model.network.core = evaluation_core(model.network, config.equilibrium)
         return config, vocabulary, model.eval()
 
-    def load_corpus(self, config: RunConfig) -> Corpus:
-        """The text that the run was trained on.
+    def load_corpus(self, config: RunConfig) -> Corpus | CopyMemory:
+        """What the run was trained on.
 
         Raises:
             ValueError: it has changed since.
         """
         corpus = load_corpus(config.data)
-        if corpus.vocabulary != Vocabulary.load(self.vocabulary):
+        if corpus.vocabulary is not None and corpus.vocabulary != Vocabulary.load(self.vocabulary):
             raise ValueError(f"the text that {self.path} was trained on has changed; its vocabulary is another now")
         return corpus
 

@@ -25,7 +25,7 @@ def generate(
     last `segment_len` tokens instead.
 
     Args:
-        model: A model whose `core` is the one to sample with.
+        model: A model in the mode, and with the core, to sample with.
         prompt: Token ids, at least one.
         num_tokens: Number of tokens to sample.
         temperature: Divides the logits; 0 takes the likeliest token.
@@ -55,15 +55,16 @@ def _sample(
     segment_len: int,
     generator: torch.Generator | None,
 ) -> Iterator[int]:
-    device, memory = model.embedding.device, None
+    device, memory = model.device, None
     *earlier, tokens = prompt.unsqueeze(0).to(device).split(segment_len, dim=1)  # (1, T) each
     for segment in earlier:
         with torch.no_grad():
-            _, memory, _ = model(segment, memory)
+            memory = model(segment, memory).memory
     for _ in range(num_tokens):
         with torch.no_grad():
-            logits, memory, _ = model(tokens, memory)
-        token = _choose(logits[0, -1], temperature, top_k, generator)
+            output = model(tokens, memory)
+        memory = output.memory
+        token = _choose(output.logits[0, -1], temperature, top_k, generator)
         yield token
         new = torch.tensor([[token]], device=device)
         tokens = new if memory is not None else torch.cat([tokens, new], dim=1)[:, -segment_len:]

@@ -1,35 +1,29 @@
 """The training loop."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from deepeq.adjoint import ImplicitAdjoint
-from deepeq.data import Corpus, SegmentStream, load_corpus, unigram_bits
-from deepeq.data.files import write_atomically
-from deepeq.deq import DEQ, Unrolled
-from deepeq.models import LanguageModel, Memory, ModelOutput, nll
-from deepeq.solution import ConvergenceError, Solution
-from deepeq.stability import jacobian_penalty
+from deepeq.data import SPLITS, Batches, Split, load_corpus
+from deepeq.models import LanguageModel, ModelOutput, TiedNetwork
+from deepeq.solution import ConvergenceError
 from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
 from deepeq.train.config import RunConfig, load_config, save_config
-from deepeq.train.display import Display
+from deepeq.train.cores import Cores
+from deepeq.train.display import Display, preparation
 from deepeq.train.evaluation import evaluate
-from deepeq.train.figures import plot_run
 from deepeq.train.folder import RunFolder
-from deepeq.train.generation import generate
-from deepeq.train.metrics import Averages, MetricsFile, describe, peak_memory_mb, quality
-from deepeq.train.optimizer import learning_rate, make_optimizer
+from deepeq.train.metrics import Averages, MetricsFile, describe, quality
+from deepeq.train.optimizer import jacobian_weight, learning_rate, make_optimizer
 from deepeq.train.signals import stop_on_signal
 
 
@@ -41,26 +35,8 @@ class Interrupted(Exception):
     """A run was stopped by a signal, and has saved a checkpoint."""
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    """The result of a run: trains, evaluates the best checkpoint on the test text, draws the figures, writes a sample.
-
-    Raises:
-        ValueError: the run folder is in use, holds a run already, or cannot be resumed with this configuration.
-        TrainingError: the loss or the gradient became non-finite; the parameters of the step before are untouched.
-        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
-    """
-    # Saturated softmaxes give gradients too small for normal floats, which made products on a CPU four times slower.
-    torch.set_flush_denormal(True)
-    folder = RunFolder.of(config)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder.path)))
-    with folder.lock():
-        trainer = Trainer(config, folder)
-        trainer.fit()
-        return trainer.finish()
-
-
 class Trainer:
-    """One run: a model, its optimizer, its place in the corpus."""
+    """One run: a model, its optimizer, its place in the data."""
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
@@ -71,31 +47,25 @@ class Trainer:
         self.fabric = Fabric(accelerator=accelerator, devices=1, precision=config.train.precision, loggers=logger)
         self.fabric.launch()
         torch.manual_seed(config.train.seed)
-        self.corpus: Corpus = load_corpus(config.data)
-        self.streams = {split: self._stream(split) for split in ("train", "valid", "test")}
-        self.model = LanguageModel(len(self.corpus.vocabulary), config.model)
+        with preparation() as progress:
+            self.corpus = load_corpus(config.data, progress=progress)
+        self.batches = {split: self._batches(split) for split in SPLITS}
+        self.model = LanguageModel(self.corpus.vocab_size, config.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self._forward, self._wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
-
-        cell, equilibrium = self.model.cell, config.equilibrium
-        assert equilibrium.backward is not None
         self._averages = Averages()
-        adjoint = ImplicitAdjoint(
-            solver=equilibrium.backward, callback=lambda solution: self._averages.add_solution("backward", solution)
-        )
-        self.warm_up = Unrolled(cell, equilibrium.warm_up_depth)
-        self.equilibrium = DEQ(cell, solver=equilibrium.solver, adjoint=adjoint)
-        self.evaluation = DEQ(cell, solver=equilibrium.evaluation)
-        self.warm_up_steps = math.ceil(equilibrium.warm_up_share * config.train.steps)
+        self.cores = Cores.of(self.model, config, lambda solution: self._averages.add_solution("backward", solution))
+        self.warm_up_steps = 0 if self.cores is None else self.cores.warm_up_steps
 
         self.step, self.seconds, self.best_nll = 0, 0.0, math.inf
-        self.memory: Memory | None = None
+        self.memory: Any = None
         if config.run.resume:
             self._resume()
         folder.path.mkdir(parents=True, exist_ok=True)
-        self._metrics = MetricsFile(folder.metrics, step=self.step)
+        self.metrics = MetricsFile(folder.metrics, step=self.step)
         save_config(config, folder.config)
-        self.corpus.vocabulary.save(folder.vocabulary)
+        if self.corpus.vocabulary is not None:
+            self.corpus.vocabulary.save(folder.vocabulary)
 
     def fit(self) -> None:
         """Train to the last step."""
@@ -129,78 +99,56 @@ class Trainer:
                         "--run.resume true"
                     )
 
-    def finish(self) -> dict[str, Any]:
-        """Evaluate the best checkpoint on the test text; write the figures, the sample and the result."""
-        load_checkpoint(self.folder.best, self.model)
-        self.model.core = self.evaluation
-        values = evaluate(self.model, self.streams["test"])
-        test = quality(self.corpus.vocabulary.level, values["nll"])
-        self._metrics.write("test", self.step, values | test)
-        self._write_sample()
-        plot_run(self.folder.path)
-        unigram = unigram_bits(self.corpus.train, self.corpus.test, len(self.corpus.vocabulary))
-        result = {f"test_{name}": value for name, value in test.items()}
-        result |= {f"unigram_{n}": v for n, v in quality(self.corpus.vocabulary.level, unigram * math.log(2)).items()}
-        result |= {
-            f"valid_{name}": value for name, value in quality(self.corpus.vocabulary.level, self.best_nll).items()
-        }
-        result |= {
-            "test_num_tokens": values["num_tokens"],
-            "test_forward_steps": values["forward_steps"],
-            "test_unconverged": values["forward_unconverged"],
-            "num_params": self.model.num_params,
-            "num_steps": self.step,
-            "train_seconds": round(self.seconds, 1),
-            "peak_memory_mb": round(peak_memory_mb(self.fabric.device), 1),
-            "num_threads": torch.get_num_threads(),
-            "device": str(self.fabric.device),
-            "torch_version": torch.__version__,
-            "seed": self.config.train.seed,
-            "run_dir": str(self.folder.path),
-        }
-        write_atomically(self.folder.result, json.dumps(result, indent=1) + "\n")
-        shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}
-        self.display.table(f"{self.corpus.name}: result", shown)
-        return result
+    def use_core(self, phase: Literal["warm_up", "train", "evaluation"]) -> None:
+        """Put the core of a phase into the model; an explicit network has but one."""
+        if self.cores is not None:
+            assert isinstance(self.model.network, TiedNetwork)
+            self.model.network.core = getattr(self.cores, phase)
 
     def _train_step(self) -> int:
-        position = self.step % self.streams["train"].num_segments
-        if position == 0:
+        epoch, position = divmod(self.step, self.batches["train"].num_segments)
+        if position == 0 or not self.batches["train"].continuous:
             self.memory = None
-        tokens, targets = (part.to(self.fabric.device) for part in self.streams["train"].segment(position))
-        warm = self.step < self.warm_up_steps
-        self.model.core = self.warm_up if warm else self.equilibrium
+        batch = self.batches["train"].segment(position, epoch=epoch)
+        tokens, targets = (part.to(self.fabric.device) for part in batch)
+        self.model.train()
+        self.use_core("warm_up" if self.step < self.warm_up_steps else "train")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
         try:
-            output: ModelOutput = self._forward(tokens, self.memory)
-            loss = nll(output.logits, targets)
-            self._check_finite("loss", loss)
+            output, loss = self._loss(tokens, targets)
             self._wrapped_optimizer.zero_grad()
-            self.fabric.backward(loss + self._jacobian_penalty(tokens, output.solution))
+            self.fabric.backward(loss)
         except ConvergenceError as error:
             raise TrainingError(f"step {self.step + 1}: {error}") from error
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_gradient_norm)
         self._check_finite("norm of the gradient", norm)
         self._wrapped_optimizer.step()
         self.memory = output.memory
-        self._averages.add("nll", loss, targets.numel())
         self._averages.add("gradient_norm", norm)
-        self._averages.add_solution("forward", output.solution)
+        if output.solution is not None and self.cores is not None:
+            self._averages.add_solution("forward", output.solution)
         return targets.numel()
 
-    def _jacobian_penalty(self, tokens: Tensor, solution: Solution) -> Tensor | float:
-        weight, share = self.config.equilibrium.jacobian_weight, self.config.equilibrium.jacobian_share
-        # Spread over the steps without a random number, so that a resumed run takes the same ones.
-        if weight == 0.0 or math.floor((self.step + 1) * share) == math.floor(self.step * share):
-            return 0.0
-        with self.fabric.autocast():
-            injection = self.model.cell.inject(self.model.embed(tokens), self.memory)
+    def _loss(self, tokens: Tensor, targets: Tensor) -> tuple[ModelOutput, Tensor]:
+        weight = jacobian_weight(self.config.equilibrium, self.step, self.config.train.steps)
+        generator = None
+        if weight:
             # A source of its own for each step: a resumed run draws the same vectors, on any device.
             generator = torch.Generator(self.fabric.device).manual_seed(self.config.train.seed + self.step)
-            penalty = jacobian_penalty(lambda z: self.model.cell(z, injection), solution.value, generator=generator)
-        self._averages.add("jacobian_penalty", penalty)
-        return weight * penalty
+        output: ModelOutput = self._forward(tokens, self.memory, targets, penalty_generator=generator)
+        assert output.nll is not None
+        nll = output.nll.mean()
+        self._check_finite("loss", nll)
+        self._averages.add("nll", nll, targets.numel())
+        loss = nll
+        if output.jacobian_penalty is not None:
+            self._averages.add("jacobian_penalty", output.jacobian_penalty)
+            loss = loss + weight * output.jacobian_penalty
+        if output.auxiliary_nll is not None:
+            self._averages.add("auxiliary_nll", output.auxiliary_nll)
+            loss = loss + self.config.model.auxiliary_weight * output.auxiliary_nll
+        return output, loss
 
     def _check_finite(self, what: str, value: Tensor) -> None:
         if not bool(torch.isfinite(value)):
@@ -210,11 +158,17 @@ class Trainer:
                 f"{self.folder.last} if it exists"
             )
 
+    def evaluate(self, split: Split) -> dict[str, Any]:
+        """Quality on a split, with the core of evaluation, written to the metrics."""
+        self.model.eval()
+        self.use_core("evaluation")
+        values = evaluate(self.model, self.batches[split])
+        values |= quality(self.corpus.level, values["nll"])
+        self.metrics.write(split, self.step, values | {"seconds": round(self.seconds, 2)})
+        return values
+
     def _validate(self) -> None:
-        self.model.core = self.evaluation
-        values = evaluate(self.model, self.streams["valid"])
-        values |= quality(self.corpus.vocabulary.level, values["nll"])
-        self._metrics.write("valid", self.step, values | {"seconds": round(self.seconds, 2)})
+        values = self.evaluate("valid")
         self.fabric.log_dict({f"valid/{name}": value for name, value in values.items()}, step=self.step)
         self.display.say(f"step {self.step}: validation {describe(values)}")
         if values["nll"] < self.best_nll:
@@ -223,12 +177,12 @@ class Trainer:
 
     def _log(self, tokens_per_second: float) -> None:
         values = self._averages.compute()
-        values |= quality(self.corpus.vocabulary.level, values["nll"]) | {
+        values |= quality(self.corpus.level, values["nll"]) | {
             "tokens_per_second": round(tokens_per_second, 1),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "warm_up": float(self.step <= self.warm_up_steps),
         }
-        self._metrics.write("train", self.step, values | {"seconds": round(self.seconds, 2)})
+        self.metrics.write("train", self.step, values | {"seconds": round(self.seconds, 2)})
         self.fabric.log_dict({f"train/{name}": value for name, value in values.items()}, step=self.step)
         self.display.metrics(self.step, describe(values))
         self._averages = Averages()
@@ -239,7 +193,7 @@ class Trainer:
             "seconds": self.seconds,
             "best_nll": self.best_nll,
             "averages": self._averages.state(),
-            "text": _fingerprint(self.corpus),
+            "text": self.corpus.fingerprint,
         }
         memory = self.memory if optimizer is not None else None
         save_checkpoint(path, self.model, progress=progress, optimizer=optimizer, memory=memory)
@@ -256,40 +210,28 @@ class Trainer:
         if changed:
             raise ValueError(f"{self.folder.path} was trained with another {', '.join(changed)}; start a new run")
         progress, memory = load_checkpoint(self.folder.last, self.model, self.optimizer)
-        if progress["text"] != _fingerprint(self.corpus):
+        if progress["text"] != self.corpus.fingerprint:
             raise ValueError(f"the text of {self.folder.path} has changed since its checkpoint; start a new run")
         if progress["step"] > now.train.steps:
             raise ValueError(f"{self.folder.path} is at step {progress['step']}, past train.steps={now.train.steps}")
         self.step, self.seconds, self.best_nll = progress["step"], progress["seconds"], progress["best_nll"]
         self._averages = Averages(progress["averages"])
-        self.memory = memory and Memory(*(part.to(self.fabric.device) for part in memory))
+        self.memory = pytree.tree_map_only(Tensor, lambda part: part.to(self.fabric.device), memory)
 
-    def _stream(self, split: str) -> SegmentStream:
+    def _batches(self, split: Split) -> Batches:
         train = self.config.train
-        field = "batch_size" if split == "train" else "eval_batch_size"
+        training = split == "train"
+        length = train.segment_len if training or train.eval_segment_len is None else train.eval_segment_len
+        field = "batch_size" if training else "eval_batch_size"
         try:
-            ids = getattr(self.corpus, split)
-            return SegmentStream(ids, batch_size=getattr(train, field), segment_len=train.segment_len)
+            return self.corpus.stream(split, batch_size=getattr(train, field), segment_len=length)
         except ValueError as error:
             raise ValueError(f"the {split} text and train.{field} do not fit: {error}") from error
 
-    def _write_sample(self) -> None:
-        vocabulary = self.corpus.vocabulary
-        prompt = self.corpus.test[: self.config.train.segment_len]
-        generator = torch.Generator().manual_seed(self.config.train.seed)
-        tokens = list(generate(self.model, prompt, num_tokens=200, temperature=0.8, generator=generator))
-        text = f"{vocabulary.decode(prompt)}\n--- the model goes on: ---\n{vocabulary.decode(tokens)}\n"
-        write_atomically(self.folder.sample, text)
-
     def _headline(self) -> str:
-        sizes = " / ".join(f"{len(part):,}" for part in (self.corpus.train, self.corpus.valid, self.corpus.test))
+        sizes = " / ".join(f"{self.batches[split].num_tokens:,}" for split in SPLITS)
         return (
-            f"{self.corpus.name}: {sizes} {self.corpus.vocabulary.level}s to train / validate / test, "
-            f"{len(self.corpus.vocabulary):,} types; {self.model.num_params:,} parameters on {self.fabric.device} "
-            f"({torch.get_num_threads()} threads); {self.folder.path}"
+            f"{self.corpus.name}: {sizes} targets to train / validate / test, {self.corpus.vocab_size:,} types; "
+            f"{self.model.num_params:,} parameters on {self.fabric.device} ({torch.get_num_threads()} threads); "
+            f"{self.folder.path}"
         )
-
-
-def _fingerprint(corpus: Corpus) -> str:
-    ids = torch.cat([corpus.train, corpus.valid, corpus.test])
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from deepeq.data.files import write_atomically
 from deepeq.solution import Solution
 
 
-def quality(level: Literal["character", "word"], nll: float) -> dict[str, float]:
-    """What the field reports for a mean negative log-likelihood in nats: bits per character, or perplexity."""
+def quality(level: str, nll: float) -> dict[str, float]:
+    """What the field reports for a mean negative log-likelihood in nats: bits per character, perplexity, or itself."""
+    if level == "symbol":
+        return {"loss": nll}
     if level == "character":
         return {"bits_per_character": nll / math.log(2)}
     return {"perplexity": math.exp(min(nll, 700.0))}
@@ -109,7 +111,7 @@ def describe(values: dict[str, Any]) -> str:
     """One line for people."""
     names = {"bits_per_character": "bits/character", "perplexity": "perplexity"}
     parts = [f"{values[name]:.3f} {label}" for name, label in names.items() if name in values]
-    parts.insert(0, f"loss {values['nll']:.3f}")
+    parts.insert(0, f"loss {values['nll']:.4g}")
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     for prefix in ("forward", "backward"):

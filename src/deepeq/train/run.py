@@ -1,0 +1,90 @@
+"""A whole run: training, then the result on the test text, the figures, a sample."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import torch
+
+from deepeq.data import CopyMemory, copy_memory_baseline, unigram_bits
+from deepeq.data.files import write_atomically
+from deepeq.train.checkpoint import load_checkpoint
+from deepeq.train.config import RunConfig
+from deepeq.train.figures import plot_run
+from deepeq.train.folder import RunFolder
+from deepeq.train.generation import generate
+from deepeq.train.loop import Trainer
+from deepeq.train.metrics import peak_memory_mb, quality
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """The result of a run: trains, evaluates the best checkpoint on the test text, draws the figures, writes a sample.
+
+    Raises:
+        ValueError: the run folder is in use, holds a run already, or cannot be resumed with this configuration.
+        TrainingError: the loss or the gradient became non-finite; the parameters of the step before are untouched.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+    """
+    # Saturated softmaxes give gradients too small for normal floats, which made products on a CPU four times slower.
+    torch.set_flush_denormal(True)
+    folder = RunFolder.of(config)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder.path)))
+    with folder.lock():
+        trainer = Trainer(config, folder)
+        trainer.fit()
+        return _finish(trainer)
+
+
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    load_checkpoint(trainer.folder.best, trainer.model)
+    values = trainer.evaluate("test")
+    _write_sample(trainer)
+    plot_run(trainer.folder.path)
+    result = _result(trainer, values)
+    write_atomically(trainer.folder.result, json.dumps(result, indent=1) + "\n")
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}
+    trainer.display.table(f"{trainer.corpus.name}: result", shown)
+    return result
+
+
+def _result(trainer: Trainer, values: dict[str, Any]) -> dict[str, Any]:
+    level = trainer.corpus.level
+    result = {f"test_{name}": value for name, value in quality(level, values["nll"]).items()}
+    result |= {f"baseline_{name}": value for name, value in quality(level, _baseline_nll(trainer)).items()}
+    result |= {f"valid_{name}": value for name, value in quality(level, trainer.best_nll).items()}
+    result |= {
+        "test_num_tokens": values["num_tokens"],
+        "num_params": trainer.model.num_params,
+        "num_params_non_embedding": trainer.model.num_params_non_embedding,
+        "num_steps": trainer.step,
+        "train_seconds": round(trainer.seconds, 1),
+        "peak_memory_mb": round(peak_memory_mb(trainer.fabric.device), 1),
+        "num_threads": torch.get_num_threads(),
+        "device": str(trainer.fabric.device),
+        "torch_version": torch.__version__,
+        "seed": trainer.config.train.seed,
+        "run_dir": str(trainer.folder.path),
+    }
+    if "forward_steps" in values:
+        result |= {"test_forward_steps": values["forward_steps"], "test_unconverged": values["forward_unconverged"]}
+    return result
+
+
+def _baseline_nll(trainer: Trainer) -> float:
+    """The loss of the best prediction that looks at no earlier token."""
+    corpus = trainer.corpus
+    if isinstance(corpus, CopyMemory):
+        return copy_memory_baseline(corpus.config.blank_len)
+    return unigram_bits(corpus.train, corpus.test, corpus.vocab_size) * math.log(2)
+
+
+def _write_sample(trainer: Trainer) -> None:
+    corpus, train = trainer.corpus, trainer.config.train
+    if isinstance(corpus, CopyMemory):
+        return
+    prompt = corpus.test[: train.segment_len].long()
+    generator = torch.Generator().manual_seed(train.seed)
+    tokens = list(generate(trainer.model, prompt, num_tokens=200, temperature=0.8, generator=generator))
+    text = f"{corpus.vocabulary.decode(prompt)}\n--- the model goes on: ---\n{corpus.vocabulary.decode(tokens)}\n"
+    write_atomically(trainer.folder.sample, text)
