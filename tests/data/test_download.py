@@ -198,10 +198,11 @@ def test_archive_that_is_no_whole_zip_is_named(serve: Callable[..., None], tmp_p
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("offset", [0, 2])
 @pytest.mark.usefixtures("server")
-def test_archive_with_wrong_bytes_is_named(serve: Callable[..., None], tmp_path: Path, compression: int):
+def test_archive_with_wrong_bytes_is_named(serve: Callable[..., None], tmp_path: Path, compression: int, offset: int):
     content = bytearray(zipped(compression=compression))
-    place = content.index(b"wiki.train.tokens") + len("wiki.train.tokens") + 2
+    place = content.index(b"wiki.train.tokens") + len("wiki.train.tokens") + offset
     content[place] ^= 0xFF
     serve(bytes(content))
     assert "is not a whole zip archive" in refusal("wikitext2", tmp_path / "new", ValueError)

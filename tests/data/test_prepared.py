@@ -212,6 +212,12 @@ def test_prepared_folder_beside_a_changed_text_is_not_used(prepared: Path, text_
     assert load(text_folder, cache).valid.tolist() == [1, 1, 1, 0]
 
 
+def test_prepared_folder_of_another_level_beside_the_text_is_not_used(prepared: Path, text_folder: Path, cache: Path):
+    prepared.rename(text_folder / "prepared")
+    corpus = load(text_folder, cache, level="character")
+    assert corpus.vocabulary.decode(corpus.train) == LINES
+
+
 def test_folder_of_another_level_or_corpus_is_refused(prepared: Path, cache: Path):
     with pytest.raises(ValueError, match=r"holds words, but data\.level is 'character'; set data\.level to 'word'\.$"):
         load(prepared, cache, level="character")
@@ -278,6 +284,12 @@ def test_cache_that_cannot_be_written_is_named(text_folder: Path, tmp_path: Path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"the cache .*file.*inside cannot be written .*--data\.cache .*DEEPEQ_CACHE"):
         load(text_folder, tmp_path / "file" / "inside")
+
+
+def test_cache_that_is_read_only_is_named(text_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not bind every user
+    with pytest.raises(OSError, match=r"the cache .* cannot be written \(it is read-only\)"):
+        load(text_folder, cache)
 
 
 def test_cache_is_where_the_environment_says(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

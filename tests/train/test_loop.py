@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepeq import DEQ, Broyden
+from deepeq import DEQ, Broyden, FixedPointIteration
 from deepeq.cli import main
 from deepeq.data import CopyMemoryConfig, DataConfig
 from deepeq.models import LanguageModel, RecurrentConfig, TCNConfig, TiedNetwork, TrellisConfig
@@ -203,6 +203,10 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
 
 EXPLICIT = {
     "trellis": (TrellisConfig(d_input=8, d_hidden=12, d_output=8), {}),
+    "dropout": (
+        TrellisConfig(d_input=8, d_hidden=12, d_output=8, hidden_dropout=0.2, weight_dropout=0.2),
+        {"input_dropout": 0.2, "output_dropout": 0.2},
+    ),
     "tied": (None, {"depth": 2}),
     "untied": (None, {"depth": 2, "tied": False}),
     "auxiliary": (TrellisConfig(d_input=8, d_hidden=12, d_output=8), {"depth": 4, "auxiliary_every": 2}),
@@ -218,10 +222,10 @@ def test_every_network_trains_and_resumes_to_the_same_losses(config: RunConfig, 
     config = replace(
         config,
         model=replace(config.model, **({"layer": layer} if layer else {}), **values),
-        equilibrium=EquilibriumConfig() if values else config.equilibrium,
+        equilibrium=EquilibriumConfig() if "depth" in values else config.equilibrium,
     )
     whole = train(with_run(config, dir=str(tmp_path / "whole")))
-    assert ("test_unconverged" in whole) == (name == "trellis")
+    assert ("test_unconverged" in whole) == (name in ("trellis", "dropout"))
     halves = with_run(config, dir=str(tmp_path / "halves"))
     first = Trainer(halves, RunFolder(tmp_path / "halves"))
     first._validate = lambda: os.kill(os.getpid(), signal.SIGINT)  # after step 6
@@ -348,6 +352,21 @@ def test_generation_checks_its_arguments_and_greedy_takes_the_likeliest(config: 
     assert greedy == list(generate(model, prompt, num_tokens=3, top_k=1))
     with torch.no_grad():
         assert greedy[0] == int(model(prompt.unsqueeze(0)).logits[0, -1].argmax())
+
+
+def test_generation_from_a_trellis_network_sees_the_whole_prompt(config: RunConfig) -> None:
+    layer = TrellisConfig(d_input=8, d_hidden=12, d_output=8, init_std=0.3)
+    model = LanguageModel(7, replace(config.model, layer=layer)).double().eval()
+    network = model.network
+    assert isinstance(network, TiedNetwork)
+    network.core = DEQ(network.cell, solver=FixedPointIteration(rtol=1e-12, max_steps=200))
+    prompt, expected = torch.arange(10) % 7, []
+    for _ in range(4):
+        with torch.no_grad():
+            tokens = torch.cat([prompt, torch.tensor(expected, dtype=torch.int64)])
+            expected.append(int(model(tokens.unsqueeze(0)).logits[0, -1].argmax()))
+    for segment_len in (3, 20):
+        assert list(generate(model, prompt, num_tokens=4, temperature=0.0, segment_len=segment_len)) == expected
 
 
 def test_plot_without_measurements_says_so(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def published_folder(name: PublishedName) -> Path | None:
 def cached_folder(text: Text, cache: str | None) -> Path:
     """Return where a text is prepared: a changed text, or another level, has another folder."""
     root = cache or os.environ.get("DEEPEQ_CACHE") or "~/.cache/deepeq"
-    identity = json.dumps([text.name, text.level, *(source.state() for source in text.sources)], sort_keys=True)
+    identity = json.dumps([text.name, *(source.state() for source in text.sources)], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return Path(root).expanduser() / f"{text.level}-{key}"
 
