@@ -17,23 +17,11 @@ from deepeq.train.config import (
     save_config,
 )
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
-
-
 def test_saved_configuration_reads_back_equal(config: RunConfig, tmp_path: Path) -> None:
     solver = Broyden(rtol=0.0, atol=1e-3, history_size=7, line_search_steps=2)
     config = replace(config, equilibrium=replace(config.equilibrium, solver=solver))
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_describes_a_run_and_says_its_name(recipe: Path) -> None:
-    assert load_config(recipe).run.name == recipe.stem
-
-
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 2
 
 
 @pytest.mark.parametrize(
