@@ -27,7 +27,6 @@ from deepeq.train.cores import Cores
 from deepeq.train.optimizer import learning_rate, make_optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NAME = "2026-11-21_2-core-cpu_paper_size"
 
 
 def one_step(recipe: Path, segment_len: int) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def _describe(solution: Solution) -> dict[str, Any]:
 def main() -> None:
     """Run every recipe in a process of its own, or one of them here."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for paper_size.json")
     parser.add_argument("--segment_len", type=int, default=16)
     parser.add_argument("--recipe", help="only this recipe, in this process, to stdout")
     arguments = parser.parse_args()
@@ -111,9 +110,8 @@ def main() -> None:
         "seed": 0,
         "recipes": results,
     }
-    folder = arguments.out / NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "paper_size.json").write_text(json.dumps(report, indent=1) + "\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "paper_size.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

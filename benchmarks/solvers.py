@@ -23,8 +23,8 @@ from torch import Tensor
 from torchdeq.solver import get_solver
 
 import deepeq
-from deepeq.data import SegmentStream, load_corpus
-from deepeq.models import Memory
+from deepeq.data import load_corpus
+from deepeq.models import TiedNetwork
 from deepeq.solvers import Solver
 from deepeq.train import RunFolder, load_config
 
@@ -35,13 +35,12 @@ MAX_STEPS = 80
 def trained_map(run: Path) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The map of the third validation segment of a run, with its memory, and zeros to start from."""
     config, _, model = RunFolder(run).load_model()
-    stream = SegmentStream(load_corpus(config.data).valid, batch_size=16, segment_len=config.train.segment_len)
-    memory: Memory | None = None
+    assert isinstance(model.network, TiedNetwork)
+    batches = load_corpus(config.data).stream("valid", batch_size=16, segment_len=config.train.segment_len)
+    memory = None
     for index in range(2):
-        _, memory, _ = model(stream.segment(index)[0], memory)
-    x = model.embed(stream.segment(2)[0]).detach()
-    injection = model.cell.inject(x, memory)
-    return lambda z: model.cell(z, injection), torch.zeros_like(x)
+        memory = model(batches.segment(index)[0], memory).memory
+    return model.network.core.prepare(model.embedding(batches.segment(2)[0]), memory=memory)
 
 
 def worst_residual(f: Callable[[Tensor], Tensor], z: Tensor) -> float:

@@ -466,3 +466,45 @@ def test_cell_with_inject_alone_starts_from_zeros():
     x = torch.randn(3, 4)
     solution = DEQ(Injecting(), solver=FixedPointIteration(rtol=1e-6, max_steps=100))(x)
     torch.testing.assert_close(solution.value, 4.0 * x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 9])
+def test_checkpointed_stack_has_the_same_value_and_gradient_though_its_cell_draws(depth):
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, z, x):
+            return torch.tanh(torch.dropout(self.linear(z), 0.5, True) + x)
+
+    cell, x = Drawing(), torch.randn(3, 4)
+    gradients = []
+    for checkpoint in (False, True):
+        torch.manual_seed(1)
+        value = Unrolled(cell, depth, checkpoint=checkpoint)(x).value
+        torch.randn(5)  # drawn between the passes
+        gradients.append((value, *torch.autograd.grad(value.square().sum(), list(cell.parameters()))))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_kept_states_are_those_after_every_so_many_layers(checkpoint):
+    cell, x = nn.Linear(4, 4), torch.randn(3, 4)
+    cell = _Residual(cell)
+    solution = Unrolled(cell, 7, checkpoint=checkpoint, keep_every=3)(x)
+    assert len(solution.intermediate) == 2
+    for state, depth in zip(solution.intermediate, (3, 6), strict=True):
+        torch.testing.assert_close(state, Unrolled(cell, depth)(x).value)
+    assert solution.trace.shape == (7, 3)
+    assert Unrolled(cell, 6, keep_every=3)(x).intermediate[-1] is not solution.value
+    assert len(Unrolled(cell, 6, keep_every=3)(x).intermediate) == 1
+
+
+class _Residual(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x)

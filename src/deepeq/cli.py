@@ -55,7 +55,7 @@ def _parser() -> ArgumentParser:
     evaluation = _run_parser("Evaluate the best checkpoint of a run; prints JSON.")
     evaluation.add_argument("--split", choices=("train", "valid", "test"), default="test", help="text to evaluate on")
     evaluation.add_argument("--batch_size", type=int, help="streams side by side (default: train.eval_batch_size)")
-    evaluation.add_argument("--segment_len", type=int, help="tokens a solve (default: train.segment_len)")
+    evaluation.add_argument("--segment_len", type=int, help="tokens a solve (default: train.eval_segment_len)")
     commands.add_subcommand("eval", evaluation, help="evaluate a run")
 
     generation = _run_parser("Continue a prompt; prints the text as it is sampled.")
@@ -98,10 +98,11 @@ def _eval(arguments: Namespace) -> None:
     folder = RunFolder(Path(arguments.run))
     config, vocabulary, model = folder.load_model()
     train = config.train
+    length = train.segment_len if train.eval_segment_len is None else train.eval_segment_len
     batches = folder.load_corpus(config).stream(
         arguments.split,
         batch_size=train.eval_batch_size if arguments.batch_size is None else arguments.batch_size,
-        segment_len=arguments.segment_len or train.eval_segment_len or train.segment_len,
+        segment_len=length if arguments.segment_len is None else arguments.segment_len,
     )
     values = evaluate(model, batches)
     level = "symbol" if vocabulary is None else vocabulary.level

@@ -136,7 +136,7 @@ class Unrolled(_TiedLayer):
         for first in range(0, self.depth, stride):
             arguments = (z, first, min(first + stride, self.depth))
             if self.checkpoint and torch.is_grad_enabled():
-                z, kept, residuals = checkpoint(layers, *arguments, use_reentrant=False, preserve_rng_state=False)
+                z, kept, residuals = checkpoint(layers, *arguments, use_reentrant=False)
             else:
                 z, kept, residuals = layers(*arguments)
             intermediate += kept

@@ -27,10 +27,11 @@ class Subsequences(DEQ):
 
     Called as `layer(x, z0=None, memory=None) -> Solution` like any `DEQ`, for `x` `(B, T, D)` and states of tensors
     `(B, T, ...)`. Each piece has the equilibria of the pieces before it as its memory. The cell is causal, so the
-    equilibrium is that of the whole, found in solves that are each easier. Nothing is detached: the backward pass
-    solves piece after piece from the last to the first, and the gradients are those of the whole. Between the passes
-    lives one graph of `f` for each piece, together that of `f` over the whole sequence, and what `inject` computes for
-    each piece, such as the projections of its memory. Dropout masks are drawn for each piece.
+    equilibrium, where there is but one, is that of the whole, found in solves that are each easier. Nothing is
+    detached: the backward pass solves piece after piece from the last to the first, and the gradients are those of the
+    whole. Between the passes lives one graph of `f` for each piece, together that of `f` over the whole sequence, and
+    what `inject` computes for each piece, such as the projections of its memory. Dropout masks are drawn for each
+    piece.
 
     `prepare` and `solve` stay those of the whole sequence. The Solution of the pieces together has:
 

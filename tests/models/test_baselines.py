@@ -86,10 +86,26 @@ def test_bad_depth_raises_at_construction(config: Any, depth: int, bad: Any) -> 
 @pytest.mark.parametrize(
     ("config", "values", "message"),
     [
-        (TCNConfig, {"d_input": 0, "kernel_size": 1}, "d_input=0 must be >= 1; kernel_size=1 must be >= 2"),
-        (TCNConfig, {"d_hidden": 0, "dropout": 1.0}, r"d_hidden=0 must be >= 1; dropout=1.0 must lie in \[0, 1\)"),
-        (RecurrentConfig, {"d_hidden": -1, "kind": "rnn"}, "d_hidden=-1 must be >= 1; kind='rnn' must be"),
-        (RecurrentConfig, {"d_input": 0, "dropout": -0.1}, "d_input=0 must be >= 1; dropout=-0.1 must lie"),
+        (
+            TCNConfig,
+            {"d_input": 0, "kernel_size": 1},
+            "d_input=0 must be a whole number >= 1; kernel_size=1 must be a whole number >= 2",
+        ),
+        (
+            TCNConfig,
+            {"d_hidden": 0, "dropout": 1.0},
+            r"d_hidden=0 must be a whole number >= 1; dropout=1.0 must lie in \[0, 1\)",
+        ),
+        (
+            RecurrentConfig,
+            {"d_hidden": -1, "kind": "rnn"},
+            "d_hidden=-1 must be a whole number >= 1; kind='rnn' must be",
+        ),
+        (
+            RecurrentConfig,
+            {"d_input": 0, "dropout": -0.1},
+            "d_input=0 must be a whole number >= 1; dropout=-0.1 must lie",
+        ),
     ],
 )
 def test_values_out_of_range_are_named_together(config: Any, values: dict[str, Any], message: str) -> None:

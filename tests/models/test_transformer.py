@@ -92,6 +92,8 @@ def reference(cell: TransformerCell, z: Tensor, x: Tensor, memory: Memory) -> Te
             inner = torch.relu(cell.inner.weight @ normalized(h, cell.feed_forward_norm, "pre") + cell.inner.bias)
             outer = cell.outer.weight @ inner + cell.outer.bias
             out[b, t] = normalized(h + outer, cell.feed_forward_norm, "post")
+            if cell.output_norm is not None:
+                out[b, t] = layer_norm(out[b, t].clone(), cell.output_norm)
     return out
 
 
@@ -160,7 +162,7 @@ def test_window_hides_what_lies_further_back() -> None:
     assert not torch.allclose(cell(z, cell.inject(x, memory))[:, :1], before[:, :1])
 
 
-def test_injection_builds_no_mask_for_each_sample_and_head(cell: TransformerCell) -> None:
+def test_mask_is_made_once_per_solve_for_all_samples_and_heads(cell: TransformerCell) -> None:
     x, z, memory = random_inputs()
     injection = cell.inject(x, memory)
     assert injection.mask.shape == (4, 9)
@@ -228,6 +230,31 @@ def test_every_memory_position_matters(cell: TransformerCell) -> None:
             part[:, position] = kept
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize(
+    "solver", [deepeq.Broyden(rtol=1e-8, max_steps=200), deepeq.Anderson(rtol=1e-8, max_steps=200)]
+)
+def test_equilibrium_of_either_norm_is_one_of_bounded_size(norm: str, solver: deepeq.Solver) -> None:
+    config = replace(CONFIG, norm=norm, init_std=0.2)  # pyright: ignore[reportArgumentType]
+    cell = make_contractive(TransformerCell(config))
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    z = deepeq.DEQ(cell, solver=solver)(x).value
+    torch.testing.assert_close(cell(z, cell.inject(x)), z, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(z.square().mean(dim=2), torch.ones(2, 6, dtype=torch.float64), rtol=0.01, atol=0)
+
+
+def test_memory_is_no_longer_than_the_window_sees() -> None:
+    x, z, memory = random_inputs()
+    extended = make_cell(window=3).extend_memory(memory, x, z)
+    assert extended is not None
+    torch.testing.assert_close(extended.z, z[:, -2:])
+    assert make_cell(window=1).extend_memory(memory, x, z) is None
+    whole, cell = torch.cat([memory.z, z], dim=1), make_cell(window=3)
+    together = cell(whole, cell.inject(torch.cat([memory.x, x], dim=1)))
+    kept = cell.extend_memory(None, memory.x, memory.z)
+    torch.testing.assert_close(cell(z, cell.inject(x, kept)), together[:, 5:])
+
+
 def test_samples_do_not_mix(cell: TransformerCell) -> None:
     x, z, memory = random_inputs()
     together = cell(z, cell.inject(x, memory))
@@ -289,10 +316,13 @@ def test_weights_start_with_the_standard_deviation_of_the_paper() -> None:
     [
         ({"d_model": 10, "num_heads": 4}, "d_model=10 must be a multiple of num_heads=4, or head_dim be given"),
         ({"d_model": 9, "num_heads": 3}, "d_model=9 must be even"),
-        ({"window": 0}, "window=0 must be >= 1"),
+        ({"window": 0}, "window=0 must be a whole number >= 1"),
         ({"norm": "middle"}, "norm='middle' must be 'post' or 'pre'"),
-        ({"memory_len": -1, "d_inner": 0}, "d_inner=0 must be >= 1; memory_len=-1 must be >= 0"),
-        ({"init_std": 0.0}, "init_std=0.0 must be > 0"),
+        (
+            {"memory_len": -1, "d_inner": 0},
+            "d_inner=0 must be a whole number >= 1; memory_len=-1 must be a whole number >= 0",
+        ),
+        ({"init_std": 0.0}, "init_std=0.0 must be > 0 and finite"),
     ],
 )
 def test_sizes_out_of_range_are_named_together(values: dict[str, float], message: str) -> None:

@@ -184,10 +184,13 @@ def test_weights_start_with_the_standard_deviation_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"d_hidden": 0, "kernel_size": 1}, "d_hidden=0 must be >= 1; kernel_size=1 must be >= 2"),
+        (
+            {"d_hidden": 0, "kernel_size": 1},
+            "d_hidden=0 must be a whole number >= 1; kernel_size=1 must be a whole number >= 2",
+        ),
         ({"d_output": 6}, "d_output=6 must be <= d_hidden=5"),
         ({"weight_dropout": 1.0}, r"weight_dropout=1.0 must lie in \[0, 1\)"),
-        ({"init_std": 0.0}, "init_std=0.0 must be > 0"),
+        ({"init_std": 0.0}, "init_std=0.0 must be > 0 and finite"),
     ],
 )
 def test_values_out_of_range_are_named_together(values: dict[str, float], message: str) -> None:

@@ -17,6 +17,7 @@ from deepeq.train.config import (
     save_config,
 )
 
+
 def test_saved_configuration_reads_back_equal(config: RunConfig, tmp_path: Path) -> None:
     solver = Broyden(rtol=0.0, atol=1e-3, history_size=7, line_search_steps=2)
     config = replace(config, equilibrium=replace(config.equilibrium, solver=solver))
@@ -58,6 +59,8 @@ def test_mistakes_of_one_part_are_named_together() -> None:
         OptimizerConfig(lr=0.0, min_lr_share=2.0)
     with pytest.raises(ValueError, match=r"equilibrium.warm_up_share=1.0 .*; equilibrium.warm_up_depth=0"):
         EquilibriumConfig(warm_up_share=1.0, warm_up_depth=0)
+    with pytest.raises(ValueError, match=r"equilibrium.subsequence_len=4 solves several maps"):
+        EquilibriumConfig(subsequence_len=4, jacobian_weight=0.1)
     with pytest.raises(ValueError, match=r"run.resume=True needs run.dir"):
         FolderConfig(resume=True)
 

@@ -49,8 +49,12 @@ def test_costs_of_a_trellis_network_are_those_of_one_convolution() -> None:
     assert info["flops_per_evaluation"] == 2 * 10 * (2 * 6) * (4 * 6)
     assert info["state_size"] == 2 * 10 * 6
     assert info["state_bytes"] == 4 * info["state_size"]
-    weight_and_state = 4 * (12 * 24 + 2 * 10 * 6)
-    assert weight_and_state < info["bytes_per_evaluation"] < 40 * weight_and_state
+    # Taps: twelve rows of eleven positions are copied to ten of twelve, after joining history and state.
+    join, taps = (6 + 60) + 66, 2 * 66 + 120  # what each reads and writes, in numbers
+    product = 120 + 288 + 240
+    gates = 3 * 240 + 3 * 2 * 60 + 2 * 60  # adding the input's part, three sigmoids, one hyperbolic tangent
+    update = (6 + 60 + 66) + 3 * 180 + 120 + 180  # shifting c; two products and a sum; tanh; a product
+    assert info["bytes_per_evaluation"] == pytest.approx(4 * (join + taps + product + gates + update), rel=0.1)
 
 
 def test_costs_of_a_transformer_count_attention_over_its_memory() -> None:
@@ -75,7 +79,17 @@ def test_explicit_network_is_counted_as_a_whole() -> None:
     assert info["depth"] == 3
     assert "state_size" not in info
     assert info["num_params"] == describe_model(TRANSFORMER)["num_params"]
-    assert info["flops_per_evaluation"] > 3 * 2 * 10 * 8 * (3 * 8 + 8 + 2 * 12)
+    attention = 3 * 2 * 10 * 15 * 8
+    injection = 2 * 8 * (10 * 24 + 10 * 16 * 2 - 5 * 16 * 2 + 15 * 8)  # x; memory's keys and values, twice; positions
+    layers = 3 * (2 * 10 * 8 * (3 * 8 + 8 + 2 * 12) + attention)
+    assert info["flops_per_evaluation"] == pytest.approx(layers + injection, rel=0.02)
+
+
+def test_pieces_are_what_is_counted_where_a_segment_is_solved_in_pieces() -> None:
+    pieces = replace(TRELLIS, equilibrium=replace(EQUILIBRIUM, subsequence_len=4))
+    info = describe_model(pieces)
+    assert (info["segment_len"], info["solve_len"], info["state_size"]) == (10, 4, 2 * 4 * 6)
+    assert info["flops_per_evaluation"] == 2 * 4 * (2 * 6) * (4 * 6)
 
 
 class NothingAllocated(TorchDispatchMode):

@@ -160,7 +160,7 @@ def test_second_process_is_kept_out_of_the_folder(config: RunConfig) -> None:
 
 
 def test_text_too_short_for_the_batch_is_named_before_training(config: RunConfig) -> None:
-    with pytest.raises(ValueError, match=r"the valid text and train.eval_batch_size do not fit"):
+    with pytest.raises(ValueError, match=r"the valid data and train.eval_batch_size=500 do not fit"):
         train(with_train(config, eval_batch_size=500))
 
 
@@ -190,7 +190,7 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         "jacobian_weight": {"jacobian_weight": 0.0},
         "jacobian_share": {"jacobian_share": 1.0},
         "jacobian_final_weight": {"jacobian_final_weight": 0.5},
-        "subsequence_len": {"subsequence_len": 3},
+        "subsequence_len": {"subsequence_len": 3, "jacobian_weight": 0.0},
     }
     seen = {}
     for name, values in variants.items():
@@ -235,6 +235,12 @@ def test_every_network_trains_and_resumes_to_the_same_losses(config: RunConfig, 
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert any("auxiliary_nll" in row for row in rows) == (name == "auxiliary")
+
+
+def test_files_replace_the_task_of_a_recipe(config: RunConfig) -> None:
+    config = replace(config, data=replace(config.data, corpus="copy_memory"))
+    train(with_train(config, steps=1))
+    assert main(["eval", "--run", str(config.run.dir)]) == 0
 
 
 def test_copy_memory_trains_and_is_measured_in_its_own_loss(

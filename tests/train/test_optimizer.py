@@ -49,7 +49,7 @@ def test_jacobian_weight_moves_in_a_straight_line_and_is_paid_evenly() -> None:
 
 
 def make_model() -> LanguageModel:
-    return LanguageModel(7, ModelConfig(layer=TransformerConfig(d_model=8, num_heads=2, d_inner=8)))
+    return LanguageModel(7, ModelConfig(layer=TransformerConfig(d_model=8, num_heads=2, d_inner=8, weight_norm=True)))
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
@@ -58,5 +58,9 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     names = {name: decay[parameter] for name, parameter in model.named_parameters()}
-    assert names["embedding.tables.0"] == names["network.core.cell.qkv.weight"] == 0.3
+    cell = "network.core.cell."
+    for name in ("content_bias", "position_bias", "qkv.parametrizations.weight.original0", "inner.bias"):
+        assert names[cell + name] == 0.0, name
+    assert names[cell + "qkv.parametrizations.weight.original1"] == 0.3
+    assert names["embedding.tables.0"] == names["network.core.cell.position.weight"] == 0.3
     assert names["softmax.bias"] == names["network.core.cell.attention_norm.weight"] == 0.0

@@ -62,12 +62,12 @@ class SequenceCell(nn.Module, ABC):
 
 
 def check_ranges(owner: object, at_least: dict[str, int], shares: tuple[str, ...] = ()) -> list[str]:
-    """A sentence for each field below its least value, and for each share outside [0, 1)."""
+    """A sentence for each field that is no whole number from its least value on, and each share outside [0, 1)."""
     problems = []
     for name, least in at_least.items():
         value = getattr(owner, name)
-        if value is not None and value < least:
-            problems.append(f"{name}={value!r} must be >= {least}")
+        if value is not None and (not isinstance(value, int) or value < least):
+            problems.append(f"{name}={value!r} must be a whole number >= {least}")
     for name in shares:
         if not 0.0 <= getattr(owner, name) < 1.0:
             problems.append(f"{name}={getattr(owner, name)!r} must lie in [0, 1)")

@@ -1,15 +1,17 @@
 """A language model: embedding, network, softmax."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from deepeq.deq import Unrolled
 from deepeq.models.baselines import TCN, Recurrent, RecurrentConfig, TCNConfig
 from deepeq.models.cell import CellConfig, LayerConfig, check_ranges
-from deepeq.models.networks import LayerStack, NetworkOutput, TiedNetwork, detached
+from deepeq.models.networks import LayerStack, NetworkOutput, TiedNetwork
 from deepeq.models.transformer import TransformerConfig
 from deepeq.nn import AdaptiveEmbedding, AdaptiveSoftmax, VariationalDropout, VocabularyConfig
 from deepeq.solution import Solution
@@ -48,8 +50,10 @@ class ModelConfig:
         if self.layer is None:
             object.__setattr__(self, "layer", TransformerConfig())
         problems = check_ranges(self, {"depth": 0, "auxiliary_every": 0}, ("input_dropout", "output_dropout"))
-        if not self.auxiliary_weight > 0.0:
-            problems.append(f"auxiliary_weight={self.auxiliary_weight!r} must be > 0")
+        if not 0.0 < self.auxiliary_weight < math.inf:
+            problems.append(f"auxiliary_weight={self.auxiliary_weight!r} must be > 0 and finite")
+        if self.auxiliary_every and self.auxiliary_every >= self.depth > 0:
+            problems.append(f"auxiliary_every={self.auxiliary_every!r} must be < depth={self.depth!r}, or 0 for none")
         name = type(self.layer).__name__
         if not isinstance(self.layer, CellConfig) and (self.depth == 0 or self.tied or self.checkpoint):
             problems.append(
@@ -74,7 +78,7 @@ class ModelConfig:
 class ModelOutput(NamedTuple):
     """Prediction for a segment."""
 
-    memory: Any  # for the next segment
+    memory: Any  # for the next segment, without gradients
     nll: Tensor | None  # (B, T) nats a token, if targets were given
     logits: Tensor | None  # (B, T, V) log-probabilities, if they were not
     solution: Solution | None  # of a tied network
@@ -133,17 +137,19 @@ class LanguageModel(nn.Module):
             targets: The tokens that follow, `(B, T)`; their losses are cheaper than the probabilities of all tokens.
             penalty_generator: Source of the random vectors of `jacobian_penalty`, which is computed if it is given.
         """
-        x = self.input_dropout(self.embedding(tokens))
+        x = self.embedding(tokens)
+        # Under autocast a projection gives sixteen bits, too few for states and memories.
+        x = self.input_dropout(x.to(torch.promote_types(x.dtype, torch.float32)))
         if isinstance(self.network, TiedNetwork):
             output = self.network(x, memory, penalty_generator=penalty_generator)
         else:
             output: NetworkOutput = self.network(x, memory)
         hidden, auxiliary = self.output_dropout(output.value), None
-        if targets is not None and output.intermediate:
+        if targets is not None and output.intermediate and self.training:
             losses = [self.softmax(self.output_dropout(value), targets).mean() for value in output.intermediate]
             auxiliary = torch.stack(losses).mean()
         return ModelOutput(
-            detached(output.memory),
+            pytree.tree_map_only(Tensor, Tensor.detach, output.memory),
             None if targets is None else self.softmax(hidden, targets),
             None if targets is not None else self.softmax.log_probs(hidden),
             output.solution,

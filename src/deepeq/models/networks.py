@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from deepeq.deq import DEQ, Unrolled
@@ -19,7 +18,7 @@ class NetworkOutput(NamedTuple):
     """Features of a segment."""
 
     value: Tensor  # (B, T, d_output)
-    memory: Any  # for the next segment, without gradients
+    memory: Any  # for the next segment; gradients pass
     solution: Solution | None = None
     intermediate: tuple[Tensor, ...] = ()  # (B, T, d_output) each
     jacobian_penalty: Tensor | None = None
@@ -49,17 +48,18 @@ class TiedNetwork(nn.Module):
         """Features and memory for inputs `(B, T, d_input)`; with a generator, the Jacobian penalty at them too."""
         core, cell, penalty = self.core, self.cell, None
         if isinstance(core, Subsequences):
-            f, solution = None, core(x, memory=memory)
+            if penalty_generator is not None:
+                raise ValueError("the Jacobian penalty is of one map, and Subsequences solve several: leave one out")
+            solution = core(x, memory=memory)
         else:
             f, z0 = core.prepare(x, memory=memory)
             solution = core.solve(f, z0)
-        if penalty_generator is not None:
-            f = f or core.prepare(x, memory=memory)[0]
-            penalty = jacobian_penalty(f, solution.value, generator=penalty_generator)
+            if penalty_generator is not None:
+                penalty = jacobian_penalty(f, solution.value, generator=penalty_generator)
         memory = cell.extend_memory(memory, x, solution.value, length=cell.memory_length())
         return NetworkOutput(
             cell.output(solution.value),
-            detached(memory),
+            memory,
             solution,
             tuple(cell.output(z) for z in solution.intermediate),
             penalty,
@@ -77,8 +77,11 @@ class LayerStack(nn.Module):
 
     def __init__(self, config: TransformerConfig, depth: int, *, checkpoint: bool = False) -> None:
         super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth={depth!r} of LayerStack must be >= 1")
         self.checkpoint = checkpoint
         self.cells = nn.ModuleList(TransformerCell(config, injected=False) for _ in range(depth))
+        self.norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
 
     def forward(self, x: Tensor, memory: Any = None) -> NetworkOutput:
         memories = [None] * len(self.cells) if memory is None else memory
@@ -90,12 +93,7 @@ class LayerStack(nn.Module):
                 z = checkpoint(_layer, cell, z, earlier, use_reentrant=False)
             else:
                 z = _layer(cell, z, earlier)
-        return NetworkOutput(z, None if extended[0] is None else detached(tuple(extended)))
-
-
-def detached(memory: Any) -> Any:
-    """The memory without its graph."""
-    return pytree.tree_map_only(Tensor, Tensor.detach, memory)
+        return NetworkOutput(self.norm(z), None if extended[0] is None else tuple(extended))
 
 
 def _layer(cell: TransformerCell, z: Tensor, memory: Any) -> Tensor:

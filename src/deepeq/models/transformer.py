@@ -3,6 +3,7 @@
 Letters: B batch, T segment, M memory, S = M + T keys, D model, H heads, K head channels, F feed-forward.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -81,7 +82,8 @@ class TransformerConfig(CellConfig):
     window: int | None = None
     """Attention sees so many positions, the query's own included; None for all."""
     norm: Literal["post", "pre"] = "post"
-    """Layer normalization after each residual sum, as in the paper, or at the start of each residual branch."""
+    """Layer normalization after each residual sum, as in the paper, or at the start of each residual branch and, for
+    an equilibrium to exist, of the result."""
     weight_norm: bool = False
     """Normalize the rows of the four matrices that act on the state, once per solve."""
     hidden_dropout: float = 0.0
@@ -110,8 +112,8 @@ class TransformerConfig(CellConfig):
             )
         if self.norm not in ("post", "pre"):
             problems.append(f"norm={self.norm!r} must be 'post' or 'pre'")
-        if not self.init_std > 0.0:
-            problems.append(f"init_std={self.init_std!r} must be > 0")
+        if not 0.0 < self.init_std < math.inf:
+            problems.append(f"init_std={self.init_std!r} must be > 0 and finite")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -135,12 +137,15 @@ class TransformerCell(SequenceCell):
     of the other kind of `norm` is the identity:
 
         h = LN_post(z + W_o Attention(W_qkv LN_pre(z) + W_x x))
-        f(z; x) = LN_post(h + W_2 relu(W_1 LN_pre(h)))
+        f(z; x) = LN(h + W_2 relu(W_1 LN_pre(h)))
+
+    The last normalization is there for both kinds: without it, the map of kind `pre` would be `z` plus something
+    bounded, whose relative residual falls to zero as `z` runs away.
 
     Args:
         config: Its hyper-parameters.
         injected: Whether the input is injected; without, `x` is used for its shape only, and the cell is a layer of
-            Transformer-XL.
+            Transformer-XL. Its result is then not normalized with `norm='pre'`.
     """
 
     def __init__(self, config: TransformerConfig, *, injected: bool = True) -> None:
@@ -157,6 +162,7 @@ class TransformerCell(SequenceCell):
         self.inner = nn.Linear(d_model, config.d_inner)
         self.outer = nn.Linear(config.d_inner, d_model)
         self.feed_forward_norm = nn.LayerNorm(d_model)
+        self.output_norm = nn.LayerNorm(d_model) if config.norm == "pre" and injected else None
         self.hidden_dropout = VariationalDropout(config.hidden_dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -207,14 +213,17 @@ class TransformerCell(SequenceCell):
         h = self._post(self.attention_norm, z + _drop(attended, masks.attended))  # (B, T, D)
         inner = linear(self._pre(self.feed_forward_norm, h), weights.inner, self.inner.bias).relu()
         outer = linear(_drop(inner, masks.inner), weights.outer, self.outer.bias)
-        return self._post(self.feed_forward_norm, h + _drop(outer, masks.outer))
+        h = self._post(self.feed_forward_norm, h + _drop(outer, masks.outer))
+        return h if self.output_norm is None else self.output_norm(h)
 
     def output(self, z: Tensor) -> Tensor:
         """The state itself."""
         return z
 
     def extend_memory(self, memory: Memory | None, x: Tensor, z: Tensor, *, length: int | None = None) -> Memory | None:
-        """The last `length` positions of the memory and this segment; None if that is zero."""
+        """The last `length` positions of the memory and this segment, or those that `window` sees; None for none."""
+        if self.config.window is not None:
+            length = self.config.window - 1 if length is None else min(length, self.config.window - 1)
         if length == 0:
             return None
         if self.injection is None:

@@ -3,6 +3,7 @@
 Letters: B batch, T segment, M history, E input channels, H hidden channels, k kernel size, s dilation.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class TrellisConfig(CellConfig):
     dilation: int = 1
     """Distance between them."""
     weight_norm: bool = True
-    """Normalize the rows of the hidden convolution, once per solve."""
+    """Normalize the rows of both convolutions, once per solve."""
     hidden_dropout: float = 0.0
     """Share of the channels of `h` that the hidden convolution does not see, the same ones at all positions."""
     weight_dropout: float = 0.0
@@ -69,8 +70,8 @@ class TrellisConfig(CellConfig):
         )
         if self.d_output > self.d_hidden:
             problems.append(f"d_output={self.d_output!r} must be <= d_hidden={self.d_hidden!r}")
-        if not self.init_std > 0.0:
-            problems.append(f"init_std={self.init_std!r} must be > 0")
+        if not 0.0 < self.init_std < math.inf:
+            problems.append(f"init_std={self.init_std!r} must be > 0 and finite")
         if problems:
             raise ValueError("; ".join(problems))
 

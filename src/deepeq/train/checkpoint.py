@@ -39,7 +39,7 @@ def save_checkpoint(
     if optimizer is not None:
         for name, state in _states(model, optimizer).items():
             tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors["random.cpu"] = torch.get_rng_state()
+        tensors |= {f"random.{device}": state for device, state in _random_states().items()}
     leaves: list[Tensor] = []
     structure = _describe(memory, leaves)
     tensors |= {f"memory.{index}": leaf for index, leaf in enumerate(leaves)}
@@ -87,7 +87,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = 
     if optimizer is not None and random_state is not None:
         _load_optimizer(model, optimizer, _part(tensors, "optimizer."))
         torch.set_rng_state(random_state)
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
     return progress, memory
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
 
 
 def _describe(memory: Any, leaves: list[Tensor]) -> Any:

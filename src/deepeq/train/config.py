@@ -57,6 +57,11 @@ class EquilibriumConfig:
             problems.append(f"warm_up_depth={self.warm_up_depth!r} must be >= 1")
         if self.subsequence_len is not None and self.subsequence_len < 1:
             problems.append(f"subsequence_len={self.subsequence_len!r} must be >= 1")
+        if self.subsequence_len is not None and (self.jacobian_weight or self.jacobian_final_weight):
+            problems.append(
+                f"subsequence_len={self.subsequence_len!r} solves several maps, and the Jacobian penalty is of one: "
+                "leave jacobian_weight out"
+            )
         for name in ("jacobian_weight", "jacobian_final_weight"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < math.inf:

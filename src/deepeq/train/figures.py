@@ -98,6 +98,7 @@ def _residuals(folder: RunFolder) -> tuple[dict[str, Tensor], int]:
     batches = folder.load_corpus(config).stream("valid", batch_size=config.train.eval_batch_size, segment_len=length)
     memory = model(batches.segment(0)[0]).memory if batches.continuous else None
     x = model.embedding(batches.segment(min(1, batches.num_segments - 1))[0])
+    x = x[:, : config.equilibrium.subsequence_len]  # the first piece of those that are solved
     solver = replace(evaluation, rtol=1e-6, atol=0.0, max_steps=_CONVERGENCE_STEPS)
     stack = FixedPointIteration(rtol=1e-6, max_steps=_CONVERGENCE_STEPS)
     traces = {

@@ -53,7 +53,7 @@ class RunFolder:
             ValueError: a file in it is damaged.
         """
         config = load_config(self.config, complete=True)
-        vocabulary = Vocabulary.load(self.vocabulary) if config.data.corpus != "copy_memory" else None
+        vocabulary = None if config.data.is_copy_memory else Vocabulary.load(self.vocabulary)
         size = known_vocab_size(config.data) if vocabulary is None else len(vocabulary)
         assert size is not None
         model = LanguageModel(size, config.model)

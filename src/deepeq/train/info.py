@@ -19,19 +19,23 @@ _FLOAT32 = 4  # bytes; solver algebra is never narrower
 def describe_model(config: RunConfig, *, vocab_size: int | None = None) -> dict[str, Any]:
     """Sizes and costs of the model of a run, as plain numbers.
 
-    One evaluation is one call of `f` on a segment of `train.segment_len` tokens of one sample, after a full training
-    memory; of an explicit network it is the whole network. `flops_per_evaluation` counts multiplications and
-    additions of matrix products; `bytes_per_evaluation` is what its operators read and write in float32 if nothing
-    stays in a cache. Histories are the vectors that a solver may keep for one sample of a segment.
+    One evaluation is one call of `f` for one sample: on `solve_len` positions, those of a segment or of the pieces it
+    is solved in, after a full training memory. Of an explicit network it is the whole network on a segment, after the
+    memory that it then has. `flops_per_evaluation` counts multiplications and additions of matrix products;
+    `bytes_per_evaluation` is what operators read and write in float32 if nothing stays in a cache, with attention as
+    its separate products and softmax, so more than a fused kernel moves. Histories are the vectors that a solver may
+    keep for one sample.
 
     Args:
         config: The run.
         vocab_size: Number of tokens; None for that of the corpus, which is read if its size is not published.
     """
-    vocab_size = vocab_size or known_vocab_size(config.data) or load_corpus(config.data).vocab_size
+    if vocab_size is None:
+        vocab_size = known_vocab_size(config.data) or load_corpus(config.data).vocab_size
+    solve_len = min(config.train.segment_len, config.equilibrium.subsequence_len or config.train.segment_len)
     with torch.device("meta"):
-        model = LanguageModel(vocab_size, config.model).eval()
-        x = torch.empty(1, config.train.segment_len, config.model.widths[0])
+        model = LanguageModel(vocab_size, config.model)
+        x = torch.empty(1, solve_len, config.model.widths[0])
     result: dict[str, Any] = {
         "vocab_size": vocab_size,
         "num_params": model.num_params,
@@ -39,24 +43,32 @@ def describe_model(config: RunConfig, *, vocab_size: int | None = None) -> dict[
         "num_params_non_embedding": model.num_params_non_embedding,
         "segment_len": config.train.segment_len,
     }
-    network = model.network
+    network, memory = model.network, _memory(model, x)
     if not isinstance(network, TiedNetwork) or config.model.depth:
-        return result | {"depth": config.model.depth} | _costs(network, x)
-    f, z0 = network.core.prepare(x, memory=_full_memory(network, x))
+        return result | {"depth": config.model.depth} | _costs(lambda x: network(x, memory), x)
+    f, z0 = network.core.prepare(x, memory=memory)
     state_size = sum(leaf.numel() for leaf in pytree.tree_leaves(z0))
-    result |= {"state_size": state_size, "state_bytes": _FLOAT32 * state_size} | _costs(f, z0)
+    result |= {"solve_len": solve_len, "state_size": state_size, "state_bytes": _FLOAT32 * state_size}
+    result |= _costs(f, z0)
     for name in ("solver", "backward", "evaluation"):
         solver = getattr(config.equilibrium, name)
         result[f"{name}_history_bytes"] = _FLOAT32 * state_size * solver.num_stored
     return result
 
 
-def _full_memory(network: TiedNetwork, x: Tensor) -> Any:
-    cell = network.cell
-    length = cell.train().memory_length()
-    cell.eval()
-    earlier = x.new_empty(1, max(x.shape[1], length or 0), x.shape[2])
-    return cell.extend_memory(None, earlier, cell.initial_state(earlier), length=length)
+@torch.no_grad()
+def _memory(model: LanguageModel, x: Tensor) -> Any:
+    """What a network carries from earlier segments in training; the model is left in evaluation."""
+    layer = model.config.layer
+    earlier = x.new_empty(1, max(x.shape[1], getattr(layer, "memory_len", 0)), x.shape[2])
+    network = model.network.train()
+    if isinstance(network, TiedNetwork):
+        cell = network.cell
+        memory = cell.extend_memory(None, earlier, cell.initial_state(earlier), length=cell.memory_length())
+    else:
+        memory = network(earlier).memory
+    model.eval()
+    return memory
 
 
 @torch.no_grad()
@@ -75,7 +87,7 @@ class _TrafficCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
+        if not func.is_view and func.overloadpacket is not torch.ops.aten._unsafe_view:
             for leaf in pytree.tree_leaves((args, kwargs, result)):
                 if isinstance(leaf, Tensor):
                     self.num_bytes += leaf.element_size() * math.prod(leaf.shape)

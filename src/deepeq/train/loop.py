@@ -205,7 +205,7 @@ class Trainer:
             for part in ("model", "train")
             for f in dataclasses.fields(getattr(now, part))
             if getattr(getattr(now, part), f.name) != getattr(getattr(before, part), f.name)
-            and (part == "model" or f.name in ("batch_size", "segment_len", "seed"))
+            and (part == "model" or f.name in ("batch_size", "segment_len", "seed", "precision"))
         ]
         if changed:
             raise ValueError(f"{self.folder.path} was trained with another {', '.join(changed)}; start a new run")
@@ -226,7 +226,9 @@ class Trainer:
         try:
             return self.corpus.stream(split, batch_size=getattr(train, field), segment_len=length)
         except ValueError as error:
-            raise ValueError(f"the {split} text and train.{field} do not fit: {error}") from error
+            raise ValueError(
+                f"the {split} data and train.{field}={getattr(train, field)!r} do not fit: {error}"
+            ) from error
 
     def _headline(self) -> str:
         sizes = " / ".join(f"{self.batches[split].num_tokens:,}" for split in SPLITS)

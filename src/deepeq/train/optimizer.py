@@ -2,22 +2,27 @@
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from deepeq.train.config import EquilibriumConfig, OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer of a configuration; it decays matrices and leaves vectors (biases, norms) alone."""
+    """The optimizer of a configuration; it decays matrices, and leaves biases and the lengths of vectors alone."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     if config.name == "sgd":
         return SGD(groups, lr=config.lr)
     return AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    # Lengths of normalized rows are (D, 1), biases of attention heads (H, 1, K).
+    return parameter.ndim >= 2 and parameter.shape[1] > 1
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -85,6 +85,10 @@ def _write_sample(trainer: Trainer) -> None:
         return
     prompt = corpus.test[: train.segment_len].long()
     generator = torch.Generator().manual_seed(train.seed)
-    tokens = list(generate(trainer.model, prompt, num_tokens=200, temperature=0.8, generator=generator))
+    tokens = list(
+        generate(
+            trainer.model, prompt, num_tokens=200, temperature=0.8, segment_len=train.segment_len, generator=generator
+        )
+    )
     text = f"{corpus.vocabulary.decode(prompt)}\n--- the model goes on: ---\n{corpus.vocabulary.decode(tokens)}\n"
     write_atomically(trainer.folder.sample, text)
