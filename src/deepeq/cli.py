@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -13,7 +14,7 @@ from deepeq.data.download import prepare_corpus
 from deepeq.data.published import PUBLISHED
 from deepeq.solution import ConvergenceError
 from deepeq.train import Interrupted, RunFolder, TrainingError, evaluate, generate, plot_run, train
-from deepeq.train.config import add_run_arguments, run_config
+from deepeq.train.config import add_run_arguments, condensed, run_config
 from deepeq.train.display import preparation
 from deepeq.train.info import describe_model
 from deepeq.train.metrics import quality
@@ -37,15 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, message: object) -> int:
-    print(f"deepeq: {message}", file=sys.stderr)
+    print(f"deepeq: {condensed(str(message))}", file=sys.stderr)
     return code
 
 
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(condensed(message), ex)
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="deepeq", description="Deep equilibrium models.", version=__version__)
+    parser = _Parser(prog="deepeq", description="Deep equilibrium models.", version=__version__)
     commands = parser.add_subcommands(dest="subcommand")
 
-    training = ArgumentParser(
+    training = _Parser(
         description="Train a language model; the last line of stdout is its result as JSON.",
         usage="deepeq train --config RECIPE [--FIELD VALUE ...]    (deepeq train --help lists the fields)",
     )
@@ -66,7 +72,7 @@ def _parser() -> ArgumentParser:
     generation.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     commands.add_subcommand("generate", generation, help="continue a text")
 
-    information = ArgumentParser(
+    information = _Parser(
         description="Sizes and costs of the model of a recipe, without allocating it; prints JSON.",
         usage="deepeq info --config RECIPE [--FIELD VALUE ...]",
     )
@@ -74,7 +80,7 @@ def _parser() -> ArgumentParser:
     information.add_argument("--vocab_size", type=int, help="number of tokens (default: that of the corpus)")
     commands.add_subcommand("info", information, help="sizes and costs of a model")
 
-    data = ArgumentParser(description="Download a published corpus if it is not at hand, and prepare it; prints JSON.")
+    data = _Parser(description="Download a published corpus if it is not at hand, and prepare it; prints JSON.")
     data.add_argument("name", choices=tuple(PUBLISHED), help="corpus")
     data.add_argument("--dir", type=str, required=True, help="folder of the text and of what is made of it")
     data.add_argument("--download", type=bool, default=True, help="whether to download what is missing")
@@ -85,7 +91,7 @@ def _parser() -> ArgumentParser:
 
 
 def _run_parser(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
+    parser = _Parser(description=description)
     parser.add_argument("--run", type=str, required=True, help="the run folder")
     return parser
 

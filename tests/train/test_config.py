@@ -32,6 +32,14 @@ def test_saved_configuration_reads_back_equal(config: RunConfig, tmp_path: Path)
         ("equilibrium: {solver: {class_path: deepeq.Anderson, init_args: {max_step: 3}}}", "max_step"),
         ("equilibrium: {solver: {class_path: os.system, init_args: {command: 'touch hacked'}}}", "os.system"),
         ("train: {steps: many}", "many"),
+        (
+            "model: {layer: {class_path: deepeq.models.TransformerConfig, init_args: {d_model: 10}}}",
+            "d_model=10 must be a multiple of num_heads=4, or head_dim be given\n",
+        ),
+        (
+            "model: {layer: {class_path: deepeq.models.TrellisConfig, init_args: {d_hiden: 10}}}",
+            "Problem with given class_path 'deepeq.models.TrellisConfig': Option 'd_hiden' is not accepted\n",
+        ),
         ("just words", "just words"),
     ],
 )

@@ -1,6 +1,7 @@
 """What a run is made of: one frozen dataclass a part, one YAML file a run."""
 
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +209,16 @@ class RunConfig:
             )
 
 
+def condensed(message: str) -> str:
+    """The sentence about the mistake in a message of the parsing library about a value of one of several classes."""
+    before, union, rest = message.partition("Does not validate against any of the Union subtypes")
+    if not union:
+        return message
+    errors = rest.partition("Errors:")[2].partition("Given value type:")[0]
+    sentences = [" ".join(part.split()) for part in re.split(r"\n *- ", errors)]
+    return before.rstrip() + " " * bool(before) + "; ".join(part for part in sentences if part and "NoneType" not in part)
+
+
 def add_run_arguments(parser: ArgumentParser) -> None:
     """Give a parser `--config FILE` and an option for every field."""
     parser.add_argument("--config", action="config", help="a recipe, or the config.yaml of an earlier run")
@@ -233,7 +244,9 @@ def load_config(path: Path, *, complete: bool = False) -> RunConfig:
     try:
         config = run_config(parser.instantiate(parser.parse_args(["--config", str(path)])))
     except Exception as error:  # the parsing library raises many kinds; all mean that the file is at fault
-        raise ValueError(f"{path} is not the configuration of a run: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path} is not the configuration of a run: {' '.join(condensed(str(error)).split())}"
+        ) from error
     missing = [part.name for part in fields(RunConfig) if part.name not in (yaml.safe_load(path.read_text()) or {})]
     if complete and missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
