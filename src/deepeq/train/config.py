@@ -216,7 +216,8 @@ def condensed(message: str) -> str:
         return message
     errors = rest.partition("Errors:")[2].partition("Given value type:")[0]
     sentences = [" ".join(part.split()) for part in re.split(r"\n *- ", errors)]
-    return before.rstrip() + " " * bool(before) + "; ".join(part for part in sentences if part and "NoneType" not in part)
+    told = "; ".join(part for part in sentences if part and "NoneType" not in part)
+    return f"{before.rstrip()} {told}".lstrip()
 
 
 def add_run_arguments(parser: ArgumentParser) -> None:
