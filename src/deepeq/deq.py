@@ -1,6 +1,7 @@
 """`DEQ` and `Unrolled`: one cell as an equilibrium, or as a stack of tied layers."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +27,7 @@ class InjectingCell(Protocol):
         ...
 
 
-class _TiedLayer(nn.Module):
+class _TiedLayer(nn.Module, ABC):
     """What `DEQ` and `Unrolled` share: a cell, its injection and its first state."""
 
     def __init__(self, cell: nn.Module) -> None:
@@ -51,9 +52,9 @@ class _TiedLayer(nn.Module):
             z0 = getattr(self.cell, "initial_state", _zeros_like)(x)
         return lambda z: self.cell(z, injection), z0
 
+    @abstractmethod
     def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
         """The state that the layer returns for a map of `prepare`."""
-        raise NotImplementedError
 
     def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
         return self.solve(*self.prepare(x, z0, memory))

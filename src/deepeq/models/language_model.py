@@ -171,10 +171,7 @@ def make_network(config: ModelConfig) -> TiedNetwork | LayerStack | TCN | Recurr
     assert isinstance(layer, CellConfig)
     network = TiedNetwork(layer.build())
     if config.depth:
-        network.core = explicit_core(network.cell, config)
+        network.core = Unrolled(
+            network.cell, config.depth, checkpoint=config.checkpoint, keep_every=config.auxiliary_every
+        )
     return network
-
-
-def explicit_core(cell: nn.Module, config: ModelConfig) -> Unrolled:
-    """The explicit stack of a configuration around a cell."""
-    return Unrolled(cell, config.depth, checkpoint=config.checkpoint, keep_every=config.auxiliary_every)
