@@ -427,6 +427,7 @@ def test_every_field_of_a_solution_is_documented():
         "num_evals",
         "result",
         "trace",
+        "intermediate",
     )
 
 

@@ -81,9 +81,10 @@ def test_ctrl_c_finishes_the_step_and_saves(config: RunConfig) -> None:
         return original()
 
     trainer._train_step = interrupted_in_the_third_step
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped at step 3 of 12; go on with: deepeq train --config"):
         trainer.fit()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     resumed = Trainer(with_run(config, resume=True), trainer.folder)
     assert resumed.step == 3
     resumed.fit()
