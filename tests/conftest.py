@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -18,3 +20,11 @@ def _fixed_seed():
 def generator():
     """Random numbers that do not depend on what other fixtures drew."""
     return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of prepared text that no other run has filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPEQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,20 +1,12 @@
-"""Where the data tests keep what they prepare, and texts to prepare."""
+"""Texts to prepare."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deepeq.data.published import PUBLISHED, PublishedName
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache that no other run has filled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPEQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture

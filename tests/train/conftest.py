@@ -1,6 +1,5 @@
 """A tiny run on a small text, for everything that needs one."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +18,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "fox.txt"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Prepared text goes to a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEPEQ_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture

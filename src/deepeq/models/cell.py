@@ -1,5 +1,6 @@
 """What the cells of sequence models have in common."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,10 @@ class SequenceCell(nn.Module, ABC):
         """
 
 
-def check_ranges(owner: object, at_least: dict[str, int], shares: tuple[str, ...] = ()) -> list[str]:
-    """A sentence for each field that is no whole number from its least value on, and each share outside [0, 1)."""
+def check_ranges(
+    owner: object, at_least: dict[str, int], shares: tuple[str, ...] = (), *, positive: tuple[str, ...] = ()
+) -> list[str]:
+    """A sentence for each field out of range: whole numbers from a least one on, shares in [0, 1), positive numbers."""
     problems = []
     for name, least in at_least.items():
         value = getattr(owner, name)
@@ -71,4 +74,7 @@ def check_ranges(owner: object, at_least: dict[str, int], shares: tuple[str, ...
     for name in shares:
         if not 0.0 <= getattr(owner, name) < 1.0:
             problems.append(f"{name}={getattr(owner, name)!r} must lie in [0, 1)")
+    for name in positive:
+        if not 0.0 < getattr(owner, name) < math.inf:
+            problems.append(f"{name}={getattr(owner, name)!r} must be > 0 and finite")
     return problems

@@ -1,6 +1,5 @@
 """A language model: embedding, network, softmax."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,9 +48,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.layer is None:
             object.__setattr__(self, "layer", TransformerConfig())
-        problems = check_ranges(self, {"depth": 0, "auxiliary_every": 0}, ("input_dropout", "output_dropout"))
-        if not 0.0 < self.auxiliary_weight < math.inf:
-            problems.append(f"auxiliary_weight={self.auxiliary_weight!r} must be > 0 and finite")
+        problems = check_ranges(
+            self,
+            {"depth": 0, "auxiliary_every": 0},
+            ("input_dropout", "output_dropout"),
+            positive=("auxiliary_weight",),
+        )
         if self.auxiliary_every and self.auxiliary_every >= self.depth > 0:
             problems.append(f"auxiliary_every={self.auxiliary_every!r} must be < depth={self.depth!r}, or 0 for none")
         name = type(self.layer).__name__

@@ -3,7 +3,6 @@
 Letters: B batch, T segment, M history, E input channels, H hidden channels, k kernel size, s dilation.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,11 +66,10 @@ class TrellisConfig(CellConfig):
             self,
             {"d_input": 1, "d_hidden": 1, "d_output": 1, "kernel_size": 2, "dilation": 1},
             ("hidden_dropout", "weight_dropout"),
+            positive=("init_std",),
         )
         if self.d_output > self.d_hidden:
             problems.append(f"d_output={self.d_output!r} must be <= d_hidden={self.d_hidden!r}")
-        if not 0.0 < self.init_std < math.inf:
-            problems.append(f"init_std={self.init_std!r} must be > 0 and finite")
         if problems:
             raise ValueError("; ".join(problems))
 
