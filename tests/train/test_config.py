@@ -16,12 +16,36 @@ from deepeq.train.config import (
     run_config,
     save_config,
 )
+from deepeq.train.schedules import Constant, Cosine, Drops, Geometric, Linear, NonMonotone, Plateau, Schedule
 
 
 def test_saved_configuration_reads_back_equal(config: RunConfig, tmp_path: Path) -> None:
     solver = Broyden(rtol=0.0, atol=1e-3, history_size=7, line_search_steps=2)
     config = replace(config, equilibrium=replace(config.equilibrium, solver=solver))
     save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Constant(),
+        Linear(end=0.5),
+        Geometric(start=10.0, end=1.0),
+        Cosine(start=0.9, end=0.1),
+        Drops(at=(0.25, 0.5, 0.75), multiplier=0.5),
+        Plateau(patience=3, floor=0.01),
+        NonMonotone(interval=10, at=(0.6,)),
+    ],
+    ids=lambda schedule: type(schedule).__name__,
+)
+def test_saved_schedules_read_back_equal(config: RunConfig, schedule: Schedule, tmp_path: Path) -> None:
+    equilibrium = replace(
+        config.equilibrium, jacobian_schedule=schedule, tolerance_schedule=schedule, step_limit_schedule=schedule
+    )
+    config = replace(config, optimizer=replace(config.optimizer, schedule=schedule), equilibrium=equilibrium)
+    save_config(config, tmp_path / "config.yaml")
+    assert f"class_path: deepeq.train.{type(schedule).__name__}" in (tmp_path / "config.yaml").read_text()
     assert load_config(tmp_path / "config.yaml") == config
 
 
@@ -40,6 +64,19 @@ def test_saved_configuration_reads_back_equal(config: RunConfig, tmp_path: Path)
             "model: {layer: {class_path: deepeq.models.TrellisConfig, init_args: {d_hiden: 10}}}",
             "Problem with given class_path 'deepeq.models.TrellisConfig': Option 'd_hiden' is not accepted\n",
         ),
+        (
+            "optimizer: {schedule: {class_path: deepeq.train.Plateu}}",
+            "Problem with given class_path 'deepeq.train.Plateu': module 'deepeq.train' has no attribute 'Plateu'\n",
+        ),
+        (
+            "optimizer: {schedule: {class_path: deepeq.train.Plateau, init_args: {patient: 2}}}",
+            "Problem with given class_path 'deepeq.train.Plateau': Option 'patient' is not accepted\n",
+        ),
+        (
+            "optimizer: {schedule: {class_path: deepeq.train.Plateau, init_args: {patience: -2, multiplier: 2}}}",
+            "Plateau.multiplier=2.0 must lie in (0, 1); Plateau.patience=-2 must be a whole number >= 0\n",
+        ),
+        ("equilibrium: {tolerance_schedule: {class_path: deepeq.train.Geometric}}", "arguments are required: end\n"),
         ("just words", "just words"),
     ],
 )
@@ -63,14 +100,18 @@ def test_mistake_in_a_recipe_is_named_and_exits_with_2(
 
 
 def test_mistakes_of_one_part_are_named_together() -> None:
-    with pytest.raises(ValueError, match=r"optimizer.lr=0.0 must be > 0 and finite; optimizer.min_lr_share=2.0"):
-        OptimizerConfig(lr=0.0, min_lr_share=2.0)
+    with pytest.raises(ValueError, match=r"optimizer.lr=0.0 must be > 0 and finite; optimizer.max_gradient_norm=0"):
+        OptimizerConfig(lr=0.0, max_gradient_norm=0.0)
     with pytest.raises(ValueError, match=r"equilibrium.warm_up_share=1.0 .*; equilibrium.warm_up_depth=0"):
         EquilibriumConfig(warm_up_share=1.0, warm_up_depth=0)
     with pytest.raises(ValueError, match=r"equilibrium.subsequence_len=4 solves several maps"):
         EquilibriumConfig(subsequence_len=4, jacobian_weight=0.1)
-    with pytest.raises(ValueError, match=r"run.resume=True needs run.dir"):
-        FolderConfig(resume=True)
+    with pytest.raises(ValueError, match=r"equilibrium.jacobian_schedule=Cosine\(.*\) needs a jacobian_weight"):
+        EquilibriumConfig(jacobian_schedule=Cosine())
+    with pytest.raises(ValueError, match=r"equilibrium.tolerance_schedule=Linear\(.*\) must stay > 0"):
+        EquilibriumConfig(tolerance_schedule=Linear(end=0.0))
+    with pytest.raises(ValueError, match=r"run.dir='' must name a folder"):
+        FolderConfig(dir="")
 
 
 def test_options_of_a_default_solver_do_not_leak_into_another_class(tmp_path: Path) -> None:
@@ -82,6 +123,29 @@ def test_options_of_a_default_solver_do_not_leak_into_another_class(tmp_path: Pa
     assert equilibrium.solver == Broyden(max_steps=20)
     assert equilibrium.backward == Anderson()
     assert equilibrium.evaluation == EquilibriumConfig().with_defaults().evaluation
+
+
+def test_options_of_the_default_schedule_do_not_leak_into_another_class(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optimizer: {schedule: {class_path: deepeq.train.Linear, init_args: {start: 0.5}}}")
+    with pytest.raises(ValueError, match="required: end"):  # and not that of the default Cosine
+        load_config(path)
+    path.write_text("optimizer: {lr: 0.1}")
+    assert load_config(path).optimizer.schedule == Cosine(end=0.05)
+
+
+def test_schedules_are_chosen_on_the_command_line() -> None:
+    parsed = _parser().parse_args(
+        [
+            "train",
+            *("--optimizer.schedule", "deepeq.train.Plateau", "--optimizer.schedule.patience", "2"),
+            *("--equilibrium.tolerance_schedule", "Geometric", "--equilibrium.tolerance_schedule.start=10"),
+            "--equilibrium.tolerance_schedule.end=1",
+        ]
+    )
+    config = run_config(_parser().instantiate(parsed).train)
+    assert config.optimizer.schedule == Plateau(patience=2)
+    assert config.equilibrium.tolerance_schedule == Geometric(start=10.0, end=1.0)
 
 
 def test_configuration_of_a_run_that_was_cut_short_is_damaged(config: RunConfig, tmp_path: Path) -> None:

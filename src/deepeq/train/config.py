@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -14,6 +13,7 @@ from deepeq.data import DataConfig
 from deepeq.data.files import write_atomically
 from deepeq.models import LayerConfig, ModelConfig
 from deepeq.solvers import GMRES, Anderson, Broyden, Solver
+from deepeq.train.schedules import Cosine, Schedule
 
 # A recipe may name the classes of this library and nothing else: a foreign one must not run code.
 set_parsing_settings(
@@ -45,10 +45,15 @@ class EquilibriumConfig:
     """Solve for pieces of a segment of at most this length, one after the other (appendix E); None for one piece."""
     jacobian_weight: float = 0.0
     """Weight of `jacobian_penalty` in the loss, which keeps the equilibrium easy to find; 0 for none."""
-    jacobian_final_weight: float | None = None
-    """Weight at the last step, reached along a straight line from `jacobian_weight`; None for no change."""
     jacobian_share: float = 0.5
     """Share of the steps that pay for the penalty, evenly spread; in (0, 1]."""
+    jacobian_schedule: Schedule | None = None
+    """What multiplies `jacobian_weight`, from the first step after the shallow stack to the last; None for nothing."""
+    tolerance_schedule: Schedule | None = None
+    """What multiplies `rtol` and `atol` of `solver` over the same steps: `Geometric(start=10, end=1)` of `deepeq.train`
+    goes from loose to tight."""
+    step_limit_schedule: Schedule | None = None
+    """What multiplies `max_steps` of `solver` over the same steps, rounded up."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -58,15 +63,17 @@ class EquilibriumConfig:
             problems.append(f"warm_up_depth={self.warm_up_depth!r} must be >= 1")
         if self.subsequence_len is not None and self.subsequence_len < 1:
             problems.append(f"subsequence_len={self.subsequence_len!r} must be >= 1")
-        if self.subsequence_len is not None and (self.jacobian_weight or self.jacobian_final_weight):
+        if self.subsequence_len is not None and self.jacobian_weight:
             problems.append(
                 f"subsequence_len={self.subsequence_len!r} solves several maps, and the Jacobian penalty is of one: "
                 "leave jacobian_weight out"
             )
-        for name in ("jacobian_weight", "jacobian_final_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < math.inf:
-                problems.append(f"{name}={value!r} must be >= 0")
+        if not 0.0 <= self.jacobian_weight < math.inf:
+            problems.append(f"jacobian_weight={self.jacobian_weight!r} must be >= 0 and finite")
+        if self.jacobian_schedule is not None and not self.jacobian_weight:
+            problems.append(f"jacobian_schedule={self.jacobian_schedule!r} needs a jacobian_weight to multiply")
+        if self.tolerance_schedule is not None and not min(map(self.tolerance_schedule.factor, (0.0, 1.0))) > 0.0:
+            problems.append(f"tolerance_schedule={self.tolerance_schedule!r} must stay > 0")
         if not 0.0 < self.jacobian_share <= 1.0:
             problems.append(f"jacobian_share={self.jacobian_share!r} must lie in (0, 1]")
         _raise("equilibrium", problems)
@@ -80,6 +87,10 @@ class EquilibriumConfig:
             evaluation=self.evaluation or Broyden(rtol=1e-3, max_steps=40, history_size=20),
         )
 
+    def warm_up_steps(self, num_steps: int) -> int:
+        """How many of the steps of a run train the shallow stack."""
+        return math.ceil(self.warm_up_share * num_steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -88,15 +99,11 @@ class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """`adamw` is Adam with decoupled decay, plain Adam at `weight_decay=0`; `sgd` is without momentum."""
     lr: float = 2e-3
-    """Highest learning rate."""
-    schedule: Literal["cosine", "drops"] = "cosine"
-    """After the rise, half a cosine down to `min_lr_share`, or a division by ten at each of `drops`."""
-    min_lr_share: float = 0.05
-    """Share of `lr` at the last step of a cosine."""
-    drops: tuple[float, ...] = ()
-    """Where the learning rate is divided by ten, as shares of the run; for `schedule=drops`."""
+    """Learning rate after the rise, which the schedule multiplies."""
+    schedule: Schedule | None = None
+    """What multiplies `lr` from the end of the rise to the last step; default `Cosine(end=0.05)` of `deepeq.train`."""
     warm_up_steps: int = 50
-    """Optimizer steps of the linear rise."""
+    """Optimizer steps of the linear rise to `lr`."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam's decay of the running mean of the gradient and of its square."""
     weight_decay: float = 0.01
@@ -108,12 +115,6 @@ class OptimizerConfig:
         problems = []
         if not 0.0 < self.lr < math.inf:
             problems.append(f"lr={self.lr!r} must be > 0 and finite")
-        if not 0.0 <= self.min_lr_share <= 1.0:
-            problems.append(f"min_lr_share={self.min_lr_share!r} must lie in [0, 1]")
-        if not all(0.0 < drop < 1.0 for drop in self.drops):
-            problems.append(f"drops={self.drops!r} must lie in (0, 1)")
-        if self.drops and self.schedule != "drops":
-            problems.append(f"drops={self.drops!r} needs schedule='drops', got {self.schedule!r}")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             problems.append(f"betas={self.betas!r} must lie in [0, 1)")
         if self.warm_up_steps < 0 or not 0.0 <= self.weight_decay < math.inf:
@@ -121,6 +122,10 @@ class OptimizerConfig:
         if not self.max_gradient_norm > 0.0:
             problems.append(f"max_gradient_norm={self.max_gradient_norm!r} must be > 0")
         _raise("optimizer", problems)
+
+    def with_defaults(self) -> "OptimizerConfig":
+        """The same with the default schedule in the place of None."""
+        return replace(self, schedule=self.schedule or Cosine(end=0.05))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
-    """Contiguous streams of the corpus that are trained side by side."""
+    """Contiguous streams of the corpus that are trained side by side, over all processes."""
     segment_len: int = 64
     """Tokens of a stream in one step."""
     eval_batch_size: int = 16
@@ -141,14 +146,23 @@ class TrainConfig:
     """Optimizer steps between two looks at the validation text."""
     checkpoint_every: int = 500
     """Optimizer steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the last checkpoints are kept, besides the best one."""
     log_every: int = 20
     """Optimizer steps between two lines of metrics."""
     seed: int = 0
     """Seed of the first weights and of sampling."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic of the networks in training; solver algebra and evaluation stay in float32."""
+    precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
+    """Arithmetic of the networks in training; with `bf16-mixed`, solver algebra and evaluation stay in float32."""
+    accumulate: int = 1
+    """Parts in which a process goes through its share of a batch before a step: less memory, the same gradient."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How processes started by `torchrun` share the work: each with a copy of the model (`ddp`, and `auto` for
+    several), or with a part of its parameters, gradients and optimizer state (`fsdp`)."""
+    wandb_project: str | None = None
+    """Weights & Biases project that also gets the metrics; None for none."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -159,14 +173,16 @@ class TrainConfig:
             "eval_every",
             "checkpoint_every",
             "log_every",
+            "keep_checkpoints",
+            "accumulate",
         )
         problems = [f"{name}={getattr(self, name)!r} must be >= 1" for name in counts if getattr(self, name) < 1]
+        if self.batch_size % max(1, self.accumulate):
+            problems.append(f"batch_size={self.batch_size!r} must be a multiple of accumulate={self.accumulate!r}")
         if self.eval_segment_len is not None and self.eval_segment_len < 1:
             problems.append(f"eval_segment_len={self.eval_segment_len!r} must be >= 1")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed={self.seed!r} must lie in [0, 2^63)")
-        if self.accelerator == "cuda" and not torch.cuda.is_available():
-            problems.append("accelerator='cuda' finds no CUDA device; use 'auto' or 'cpu'")
         _raise("train", problems)
 
 
@@ -178,14 +194,10 @@ class FolderConfig:
     """First part of the default folder's name."""
     dir: str | None = None
     """The run folder; default `runs/NAME-DATE-TIME`."""
-    resume: bool = False
-    """Go on from the checkpoint in the folder."""
 
     def __post_init__(self) -> None:
         if self.dir == "":
             raise ValueError("run.dir='' must name a folder")
-        if self.resume and self.dir is None:
-            raise ValueError("run.resume=True needs run.dir, the folder of the run to go on with")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +212,7 @@ class RunConfig:
     run: FolderConfig = field(default_factory=FolderConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", self.optimizer.with_defaults())
         if self.model.depth == 0:
             object.__setattr__(self, "equilibrium", self.equilibrium.with_defaults())
         elif self.equilibrium != EquilibriumConfig():
@@ -243,7 +256,7 @@ def load_config(path: Path, *, complete: bool = False) -> RunConfig:
     parser = ArgumentParser(exit_on_error=False)
     add_run_arguments(parser)
     try:
-        config = run_config(parser.instantiate(parser.parse_args(["--config", str(path)])))
+        config = run_config(parser.instantiate(parser.parse_args(["--config", str(path.absolute())])))
     except Exception as error:  # the parsing library raises many kinds; all mean that the file is at fault
         raise ValueError(
             f"{path} is not the configuration of a run: {' '.join(condensed(str(error)).split())}"
@@ -256,14 +269,16 @@ def load_config(path: Path, *, complete: bool = False) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration as YAML that `load_config` and `--config` read."""
-    write_atomically(path, yaml.safe_dump(_plain(config), sort_keys=False))
+    write_atomically(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Solver | LayerConfig):
-        arguments = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-        module = "deepeq" if isinstance(value, Solver) else "deepeq.models"
+def plain(value: Any) -> Any:
+    """What YAML and JSON can hold, for a configuration or a part of one."""
+    modules = {Solver: "deepeq", LayerConfig: "deepeq.models", Schedule: "deepeq.train"}
+    module = next((module for base, module in modules.items() if isinstance(value, base)), None)
+    if module is not None:
+        arguments = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
         return {"class_path": f"{module}.{type(value).__name__}", "init_args": arguments}
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     return list(value) if isinstance(value, tuple) else value

@@ -1,11 +1,15 @@
 """Optimizers, and what changes over the steps of a run."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from deepeq.solvers import Solver
 from deepeq.train.config import EquilibriumConfig, OptimizerConfig
+from deepeq.train.schedules import Schedule
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -25,18 +29,21 @@ def _is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and parameter.shape[1] > 1
 
 
-def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Learning rate of a step counted from 0: a linear rise, then half a cosine, or drops by a factor of ten."""
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int, validations: Sequence[float] = ()) -> float:
+    """Learning rate of a step counted from 0: a linear rise, then the schedule.
+
+    Args:
+        config: The rise, the schedule and what it multiplies.
+        step: The step.
+        num_steps: Steps of the run.
+        validations: Losses on the validation text before the step, the oldest first.
+    """
     if step < config.warm_up_steps:
         return config.lr * (step + 1) / config.warm_up_steps
-    if config.schedule == "drops":
-        return config.lr * 0.1 ** sum(step >= drop * num_steps for drop in config.drops)
-    progress = (step - config.warm_up_steps) / max(1, num_steps - 1 - config.warm_up_steps)
-    share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.min_lr_share + (1.0 - config.min_lr_share) * share)
+    return config.lr * _factor(config.with_defaults().schedule, step, config.warm_up_steps, num_steps, validations)
 
 
-def jacobian_weight(config: EquilibriumConfig, step: int, num_steps: int) -> float:
+def jacobian_weight(config: EquilibriumConfig, step: int, num_steps: int, validations: Sequence[float] = ()) -> float:
     """Weight of the Jacobian penalty at a step counted from 0; 0 where the step pays none.
 
     Paying steps are spread evenly without a random number, so that a resumed run takes the same ones.
@@ -44,5 +51,27 @@ def jacobian_weight(config: EquilibriumConfig, step: int, num_steps: int) -> flo
     share = config.jacobian_share
     if math.floor((step + 1) * share) == math.floor(step * share):
         return 0.0
-    last = config.jacobian_weight if config.jacobian_final_weight is None else config.jacobian_final_weight
-    return config.jacobian_weight + (last - config.jacobian_weight) * step / max(1, num_steps - 1)
+    first = config.warm_up_steps(num_steps)
+    return config.jacobian_weight * _factor(config.jacobian_schedule, step, first, num_steps, validations)
+
+
+def scheduled_solver(config: EquilibriumConfig, step: int, num_steps: int, validations: Sequence[float] = ()) -> Solver:
+    """The forward solver of a step counted from 0: the one of the configuration, where nothing is scheduled itself."""
+    solver = config.with_defaults().solver
+    assert solver is not None
+    if config.tolerance_schedule is None and config.step_limit_schedule is None:
+        return solver
+    first = config.warm_up_steps(num_steps)
+    tolerance = _factor(config.tolerance_schedule, step, first, num_steps, validations)
+    limit = _factor(config.step_limit_schedule, step, first, num_steps, validations)
+    # A factor that rounding put a hair above a whole number of steps is no step more.
+    max_steps = max(1, math.ceil(solver.max_steps * limit - 1e-9))
+    return replace(solver, rtol=solver.rtol * tolerance, atol=solver.atol * tolerance, max_steps=max_steps)
+
+
+def _factor(schedule: Schedule | None, step: int, first: int, num_steps: int, validations: Sequence[float]) -> float:
+    """A schedule's factor at a step, where it begins at step `first` and ends at the last; 1 without a schedule."""
+    if schedule is None:
+        return 1.0
+    progress = (step - first) / max(1, num_steps - 1 - first)
+    return schedule.factor(max(0.0, progress), validations)
