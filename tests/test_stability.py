@@ -258,3 +258,17 @@ def test_spectral_radius_options():
 )
 def test_constant_map_has_a_zero_jacobian(measure):
     assert (measure(lambda z: torch.ones(2, 3), torch.zeros(2, 3)) == 0).all()
+
+
+@pytest.mark.parametrize("form", ["first_order", "hutchinson"])
+def test_penalty_with_a_generator_a_sample_is_the_mean_over_the_batch_however_it_is_cut(form):
+    weight = torch.randn(5, 5, dtype=torch.float64)
+    z = torch.randn(4, 5, dtype=torch.float64)
+
+    def penalty(rows):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return jacobian_penalty(lambda z: torch.tanh(z @ weight), z[list(rows)], form=form, generator=generators)
+
+    torch.testing.assert_close(penalty(range(4)), (penalty(range(2)) + penalty(range(2, 4))) / 2)
+    with pytest.raises(ValueError, match="generator has 1 entries for a batch of 4"):
+        jacobian_penalty(torch.tanh, z, generator=[torch.Generator()])

@@ -1,6 +1,6 @@
 """Measures of how contractive a map is at a point, and a penalty that makes it more so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from deepeq.norms import inner, two_norm
 from deepeq.packing import Packing
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""Sources of random numbers: one for a batch, or one for each sample, which is then independent of its batch mates."""
 
 
 def jacobian_penalty(
@@ -17,7 +20,7 @@ def jacobian_penalty(
     form: Literal["hutchinson", "first_order"] = "first_order",
     num_probes: int = 1,
     step: float = 0.05,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Tensor:
     """Estimate of `||J||_F^2 / N` at `z`, averaged over the batch; a differentiable scalar. `J` is `df/dz`, `(N, N)`.
 
@@ -31,7 +34,7 @@ def jacobian_penalty(
         form: The estimator.
         num_probes: Number of random vectors.
         step: Length of the finite difference relative to `z`; 0.05 to 0.1 when `f` works in bfloat16.
-        generator: Source of the random vectors.
+        generator: Source of the random vectors, or one for each sample.
 
     Raises:
         ValueError: an argument is out of range.
@@ -49,7 +52,7 @@ def jacobian_penalty(
     product = _transposed_product(mapped, point) if form == "hutchinson" else _difference(mapped, point, step)
     total = point.new_zeros(())
     for _ in range(num_probes):
-        v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
+        v = _normal(point, generator)
         column = product(v, torch.is_grad_enabled())
         total = total + inner(column, column).sum()
     return total / max(1, num_probes * point.numel())
@@ -83,6 +86,15 @@ def spectral_radius(
         if step >= num_steps - counted:
             log_growth = log_growth + growth.log() / counted
     return log_growth.exp()
+
+
+def _normal(point: Tensor, generator: Generators | None) -> Tensor:
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
+    if len(generator) != len(point):
+        raise ValueError(f"generator has {len(generator)} entries for a batch of {len(point)}; give one a sample")
+    rows = [torch.randn(point.shape[1:], dtype=point.dtype, device=point.device, generator=g) for g in generator]
+    return torch.stack(rows) if rows else torch.zeros_like(point)
 
 
 def _packed(f: Callable[[Any], Any], packing: Packing) -> Callable[[Tensor], Tensor]:

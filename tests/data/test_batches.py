@@ -79,3 +79,26 @@ def test_values_that_are_no_integers_are_named():
         SequenceBatches(ids, ids.float(), batch_size=2)
     with pytest.raises(ValueError, match="batch_size must be a positive integer, got 0"):
         SequenceBatches(ids, ids, batch_size=0)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_parts_of_batches_are_their_rows(seed):
+    inputs = torch.arange(24).view(12, 2)
+    batches = SequenceBatches(inputs, inputs + 1, batch_size=8, seed=seed)
+    parts = [batches.shard(index, 2) for index in range(2)]
+    assert [part.num_tokens for part in parts] == [12, 12]
+    for epoch in range(2):
+        for index in range(batches.num_segments):
+            whole, ours = batches.segment(index, epoch=epoch), [part.segment(index, epoch=epoch) for part in parts]
+            for which in range(2):
+                assert torch.equal(torch.cat([pair[which] for pair in ours]), whole[which])
+
+
+def test_batches_that_cannot_be_dealt_out_evenly_are_refused():
+    inputs = torch.arange(22).view(11, 2)
+    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of 3"):
+        SequenceBatches(inputs, inputs, batch_size=8).shard(0, 3)
+    with pytest.raises(ValueError, match="a batch of 3, which must be a multiple of 2"):
+        SequenceBatches(inputs, inputs, batch_size=8).shard(0, 2)
+    with pytest.raises(ValueError, match=r"part=\(0, 2\) is dealt out already"):
+        SequenceBatches(inputs[:8], inputs[:8], batch_size=8).shard(0, 2).shard(0, 2)

@@ -122,3 +122,21 @@ def test_segment_outside_the_pass_is_refused(index: int):
 def test_sizes_are_keyword_only():
     with pytest.raises(TypeError):
         SegmentStream(torch.arange(10), 2, 2)  # pyright: ignore[reportCallIssue]
+
+
+def test_parts_of_a_stream_are_its_rows():
+    stream = SegmentStream(torch.arange(101), batch_size=6, segment_len=4)
+    parts = [stream.shard(index, 3) for index in range(3)]
+    assert sum(part.num_tokens for part in parts) == stream.num_tokens
+    for index, (inputs, targets) in enumerate(stream):
+        pairs = [part.segment(index) for part in parts]
+        assert torch.equal(torch.cat([pair[0] for pair in pairs]), inputs)
+        assert torch.equal(torch.cat([pair[1] for pair in pairs]), targets)
+
+
+def test_rows_that_cannot_be_dealt_out_evenly_are_refused():
+    stream = SegmentStream(torch.arange(101), batch_size=6, segment_len=4)
+    with pytest.raises(ValueError, match="batch_size=6 must be a multiple of 4"):
+        stream.shard(0, 4)
+    with pytest.raises(IndexError, match="index must lie in 0 .. 1"):
+        stream.shard(2, 2)

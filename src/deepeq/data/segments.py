@@ -4,12 +4,13 @@ Shapes: N tokens of the text, B batch_size (streams), L = N // B tokens a stream
 """
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from deepeq.data.batches import check_index, check_positive
+from deepeq.data.batches import check_index, check_positive, check_shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,16 @@ class SegmentStream:
         start = index * self.segment_len
         end = min(start + self.segment_len, self._streams.shape[1] - 1)
         return _copy(self._streams[:, start:end]), _copy(self._streams[:, start + 1 : end + 1])  # (B, T) each
+
+    def shard(self, index: int, count: int) -> Self:
+        """Return the rows of the part `index` of `count` equal ones, as a stream of its own.
+
+        Raises:
+            ValueError: the rows cannot be dealt out evenly.
+        """
+        num_rows = check_shard(index, count, batch_size=self.batch_size)
+        rows = self._streams[index * num_rows : (index + 1) * num_rows]
+        return replace(self, ids=rows.flatten(), batch_size=num_rows)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the segments of one pass in order."""
