@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepeq import DEQ, Broyden, FixedPointIteration
 from deepeq.cli import main
 from deepeq.data import CopyMemoryConfig, DataConfig
-from deepeq.models import LanguageModel, RecurrentConfig, TCNConfig, TiedNetwork, TrellisConfig
+from deepeq.models import RecurrentConfig, TCNConfig, TrellisConfig
 from deepeq.nn import AdaptiveSoftmax
-from deepeq.train import Interrupted, RunConfig, RunFolder, Trainer, TrainingError, evaluate, generate, plot_run, train
-from deepeq.train.checkpoint import load_checkpoint, save_checkpoint
+from deepeq.train import Interrupted, RunConfig, RunFolder, Trainer, TrainingError, evaluate, plot_run, train
+from deepeq.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from deepeq.train.config import EquilibriumConfig
 from deepeq.train.metrics import read_metrics
+from deepeq.train.schedules import Geometric, Linear
 from tests.train.conftest import with_layer, with_run, with_train
+
+
+class Trap:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
 
 
 def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
@@ -55,37 +66,37 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(config: RunConfig, t
     train(with_run(config, dir=str(tmp_path / "whole")))
     halves = with_run(config, dir=str(tmp_path / "halves"))
     trainer = Trainer(halves, RunFolder(Path(halves.run.dir or "")))
-    original, count = trainer._train_step, iter(range(1, 100))
+    original, count = trainer._take_step, iter(range(1, 100))
 
     def killed_after_seven_steps() -> int:
         if next(count) == 8:
             raise KeyboardInterrupt
         return original()
 
-    trainer._train_step = killed_after_seven_steps
+    trainer._take_step = killed_after_seven_steps
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert [step for step, _ in losses(tmp_path / "halves")][-1] == 7
-    train(with_run(halves, resume=True))  # from the checkpoint of step 5
+    train(halves, resume="yes")  # from the checkpoint of step 5
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     assert losses(tmp_path / "halves", "test") == losses(tmp_path / "whole", "test")
 
 
 def test_ctrl_c_finishes_the_step_and_saves(config: RunConfig) -> None:
     trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
-    original = trainer._train_step
+    original = trainer._take_step
 
     def interrupted_in_the_third_step() -> int:
         if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return original()
 
-    trainer._train_step = interrupted_in_the_third_step
+    trainer._take_step = interrupted_in_the_third_step
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped at step 3 of 12; go on with: deepeq train --config"):
         trainer.fit()
     assert signal.getsignal(signal.SIGINT) is before
-    resumed = Trainer(with_run(config, resume=True), trainer.folder)
+    resumed = Trainer(config, trainer.folder, resume=True)
     assert resumed.step == 3
     resumed.fit()
     assert [step for step, _ in losses(trainer.folder.path)] == list(range(1, 13))
@@ -107,15 +118,18 @@ def test_non_finite_value_stops_before_the_optimizer(
     with pytest.raises(TrainingError, match=r"step 1: .*(nan|inf|non-finite)"):
         trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    assert load_checkpoint(trainer.folder.last, trainer.model)[0]["step"] == 0
+    assert trainer.folder.last is not None
+    assert load_checkpoint(trainer.folder.last, trainer.model).progress["step"] == 0
 
 
 def test_folder_in_use_and_missing_checkpoint_are_refused(config: RunConfig) -> None:
     train(with_train(config, steps=1))
-    with pytest.raises(ValueError, match="already holds a run; add --run.resume true"):
+    with pytest.raises(ValueError, match="already holds a run; add --resume auto"):
         train(config)
-    with pytest.raises(ValueError, match="does not exist; start the run without it"):
-        train(with_run(config, resume=True, dir=str(Path(config.run.dir or "") / "elsewhere")))
+    with pytest.raises(ValueError, match="there is no checkpoint in .*elsewhere"):
+        train(with_run(config, dir=str(Path(config.run.dir or "") / "elsewhere")), resume="yes")
+    with pytest.raises(ValueError, match="resume='auto' needs run.dir"):
+        train(with_run(config, dir=None), resume="auto")
 
 
 def test_run_killed_before_its_first_checkpoint_goes_on(config: RunConfig) -> None:
@@ -123,7 +137,38 @@ def test_run_killed_before_its_first_checkpoint_goes_on(config: RunConfig) -> No
     trainer._validate = lambda: os.kill(os.getpid(), signal.SIGTERM) or 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.fit()
-    assert train(with_run(config, resume=True))["num_steps"] == 12
+    assert train(config, resume="auto")["num_steps"] == 12
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(config: RunConfig) -> None:
+    train(with_train(config, checkpoint_every=3, keep_checkpoints=3))
+    folder = RunFolder(Path(config.run.dir or ""))
+    assert folder.saved == [folder.at_step(step, sharded=False) for step in (6, 9, 12)]
+    assert folder.best.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "pickle"])
+def test_damaged_checkpoint_is_one_sentence_and_the_one_before_goes_on(
+    config: RunConfig, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(config)
+    folder = RunFolder(Path(config.run.dir or ""))
+    newest, before = folder.at_step(12, sharded=False), folder.at_step(10, sharded=False)
+    content, intact = bytearray(newest.read_bytes()), before.read_bytes()
+    content[len(content) // 2] ^= 64
+    trap = pickle.dumps(Trap(tmp_path / "ran"))
+    newest.write_bytes({"cut": content[:-100], "flipped": content, "empty": b"", "pickle": trap}[damage])
+    command = ["train", "--config", str(folder.config), "--resume", "auto"]
+    capsys.readouterr()
+    assert main(command) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{newest} is damaged" in message
+    assert f"delete it to go on from {before.name}" in message
+    assert before.read_bytes() == intact
+    assert not (tmp_path / "ran").exists()
+    newest.unlink()
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["test_bits_per_character"] == result["test_bits_per_character"]
 
 
 @pytest.mark.parametrize("part", ["model", "train", "text", "steps"])
@@ -134,7 +179,7 @@ def test_resuming_another_run_is_refused_and_changes_nothing(config: RunConfig, 
     train(with_train(config, steps=4))
     folder = RunFolder(Path(config.run.dir or ""))
     before = folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes()
-    other = with_run(config, resume=True)
+    other = config
     if part == "model":
         other = with_layer(other, d_inner=16)
     elif part == "train":
@@ -145,12 +190,12 @@ def test_resuming_another_run_is_refused_and_changes_nothing(config: RunConfig, 
         other = with_train(other, steps=2)
     message = {"model": "another model.layer", "train": "another train.segment_len", "text": "text .* has changed"}
     with pytest.raises(ValueError, match=message.get(part, "past train.steps=2")):
-        train(other)
+        train(other, resume="yes")
     assert before == (folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes())
 
 
 def test_resuming_a_finished_run_repeats_its_result(config: RunConfig) -> None:
-    first, again = train(config), train(with_run(config, resume=True))
+    first, again = train(config, resume="auto"), train(config, resume="auto")
     assert first["test_bits_per_character"] == again["test_bits_per_character"]
     assert len(losses(Path(first["run_dir"]), "test")) == 1
 
@@ -173,7 +218,7 @@ def test_damaged_parameters_fail_the_command_with_one_sentence(
     _, _, model = folder.load_model()
     with torch.no_grad():
         model.embedding.tables[0].fill_(math.nan)
-    save_checkpoint(folder.best, model, progress={})
+    save_checkpoint(folder.best, model, Checkpoint({}, None, {}))
     capsys.readouterr()
     for command in (["eval"], ["generate", "--prompt", "a"]):
         assert main([*command, "--run", str(folder.path)]) == 1
@@ -190,7 +235,9 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         "warm_up_depth": {"warm_up_depth": 2},
         "jacobian_weight": {"jacobian_weight": 0.0},
         "jacobian_share": {"jacobian_share": 1.0},
-        "jacobian_final_weight": {"jacobian_final_weight": 0.5},
+        "jacobian_schedule": {"jacobian_schedule": Linear(end=5.0)},
+        "tolerance_schedule": {"tolerance_schedule": Geometric(start=20.0, end=1.0)},
+        "step_limit_schedule": {"step_limit_schedule": Linear(start=0.3, end=1.0)},
         "subsequence_len": {"subsequence_len": 3, "jacobian_weight": 0.0},
     }
     seen = {}
@@ -232,7 +279,7 @@ def test_every_network_trains_and_resumes_to_the_same_losses(config: RunConfig, 
     first._validate = lambda: os.kill(os.getpid(), signal.SIGINT)  # after step 6
     with pytest.raises(Interrupted):
         first.fit()
-    train(with_run(halves, resume=True))
+    train(halves, resume="yes")
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert any("auxiliary_nll" in row for row in rows) == (name == "auxiliary")
@@ -300,19 +347,6 @@ def test_eval_agrees_with_the_result_of_training(finished: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out)["split"] == "valid"
 
 
-def test_generate_continues_the_prompt_and_repeats_with_a_seed(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    texts = []
-    for seed in ("1", "1", "2"):
-        command = ["generate", "--run", str(finished), "--prompt", "the quick", "--num_tokens", "40", "--seed", seed]
-        assert main(command) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith("the quick")
-    assert len(texts[0]) == len("the quick") + 40 + 1
-
-
 def test_plot_draws_the_three_figures(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (finished / "figures").iterdir():
         path.unlink()
@@ -346,36 +380,6 @@ def test_changed_text_is_noticed_before_evaluation(
     assert "has changed" in capsys.readouterr().err
 
 
-def test_generation_checks_its_arguments_and_greedy_takes_the_likeliest(config: RunConfig) -> None:
-    model = LanguageModel(7, config.model).eval()
-    prompt = torch.tensor([1, 2, 3])
-    with pytest.raises(ValueError, match="prompt is empty"):
-        generate(model, prompt[:0], num_tokens=1)
-    with pytest.raises(ValueError, match="temperature=-1.0"):
-        generate(model, prompt, num_tokens=1, temperature=-1.0)
-    assert list(generate(model, prompt, num_tokens=0)) == []
-    assert len(list(generate(model, prompt, num_tokens=2, temperature=1e-40))) == 2
-    greedy = list(generate(model, prompt, num_tokens=3, temperature=0.0))
-    assert greedy == list(generate(model, prompt, num_tokens=3, top_k=1))
-    with torch.no_grad():
-        assert greedy[0] == int(model(prompt.unsqueeze(0)).logits[0, -1].argmax())
-
-
-def test_generation_from_a_trellis_network_sees_the_whole_prompt(config: RunConfig) -> None:
-    layer = TrellisConfig(d_input=8, d_hidden=12, d_output=8, init_std=0.3)
-    model = LanguageModel(7, replace(config.model, layer=layer)).double().eval()
-    network = model.network
-    assert isinstance(network, TiedNetwork)
-    network.core = DEQ(network.cell, solver=FixedPointIteration(rtol=1e-12, max_steps=200))
-    prompt, expected = torch.arange(10) % 7, []
-    for _ in range(4):
-        with torch.no_grad():
-            tokens = torch.cat([prompt, torch.tensor(expected, dtype=torch.int64)])
-            expected.append(int(model(tokens.unsqueeze(0)).logits[0, -1].argmax()))
-    for segment_len in (3, 20):
-        assert list(generate(model, prompt, num_tokens=4, temperature=0.0, segment_len=segment_len)) == expected
-
-
 def test_plot_without_measurements_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no line of training yet"):
@@ -395,23 +399,3 @@ def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
         total -= float(picked.sum().detach())
     assert values["num_tokens"] == sum(targets.numel() for _, targets in stream)
     assert values["nll"] == pytest.approx(total / values["num_tokens"], rel=1e-5)
-
-
-@pytest.mark.parametrize("memory_len", [0, 20])
-def test_generation_sees_the_whole_prompt_whatever_the_segments(config: RunConfig, memory_len: int) -> None:
-    model = LanguageModel(7, with_layer(config, memory_len=memory_len, init_std=0.15).model).double()
-    network = model.network
-    assert isinstance(network, TiedNetwork)
-    with torch.no_grad():  # injected values outweigh the residual connection, so that the equilibrium is one
-        model.embedding.tables[0] *= 5
-        network.cell.output_projection.weight *= 8
-    network.core = DEQ(network.cell, solver=Broyden(rtol=1e-11, max_steps=200))
-    prompt = torch.arange(10) % 7
-    expected = []
-    for _ in range(4):
-        with torch.no_grad():
-            tokens = torch.cat([prompt, torch.tensor(expected, dtype=torch.int64)])
-            expected.append(int(model(tokens.unsqueeze(0)).logits[0, -1].argmax()))
-    segments = (3, 10, 20) if memory_len else (20,)
-    for segment_len in segments:
-        assert list(generate(model, prompt, num_tokens=4, temperature=0.0, segment_len=segment_len)) == expected

@@ -28,10 +28,10 @@ def test_resumed_file_drops_the_lines_past_its_checkpoint(tmp_path: Path) -> Non
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, step=0)
     for step in (1, 2, 3):
-        file.write("train", step, {"nll": float(step)})
+        file.write({"split": "train", "step": step, "nll": float(step)})
     with path.open("a") as cut:
         cut.write('{"split": "train", "st')
-    MetricsFile(path, step=2).write("train", 3, {"nll": 9.0})
+    MetricsFile(path, step=2).write({"split": "train", "step": 3, "nll": 9.0})
     assert [(row["step"], row["nll"]) for row in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 9.0)]
     MetricsFile(path, step=0)
     assert read_metrics(path) == []

@@ -1,110 +1,144 @@
-"""Checkpoints: one safetensors file each, written to a temporary name and renamed. Nothing is ever unpickled."""
+"""Checkpoints: all that a run needs to go on exactly where it was."""
 
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from deepeq.models import MEMORY_TYPES
+from deepeq.train.storage import Stored, open_stored, write_file, write_folder
 
-FORMAT = "deepeq-checkpoint-2"
+FORMAT = "deepeq-checkpoint-3"
 
 _TUPLES = {kind.__name__: kind for kind in MEMORY_TYPES}
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds besides the state of model and optimizer."""
+
+    progress: dict[str, Any]  # what JSON can hold
+    memory: Any  # of the training streams: tensors (B, ...) in tuples
+    random: dict[str, Tensor]  # (W, n) by device: a state for each process
 
 
 def save_checkpoint(
     path: Path,
     model: nn.Module,
+    content: Checkpoint,
     *,
-    progress: dict[str, Any],
     optimizer: Optimizer | None = None,
-    memory: Any = None,
+    fabric: Fabric | None = None,
 ) -> None:
-    """Write all that a run needs to go on exactly where it was; an older file stays whole until this one is complete.
+    """Write a checkpoint: a folder of shards where `path` has no suffix, otherwise one file.
+
+    With several processes, all of them call this, and the first one writes the file. An older checkpoint stays whole
+    until this one is complete.
 
     Args:
-        path: The file.
+        path: The file, or the folder.
         model: Its parameters are kept.
-        progress: What JSON can hold: step, time, best result.
-        optimizer: Its state is kept by parameter name; without it the file is for evaluation only.
-        memory: Memory of the training streams: tensors in tuples.
+        content: The rest; of the memory, the rows of this process.
+        optimizer: Its state is kept by parameter name; without it the checkpoint is for evaluation only.
+        fabric: That of the run, if there are several processes.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if optimizer is not None:
         for name, state in _states(model, optimizer).items():
             tensors |= {f"optimizer.{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors |= {f"random.{device}": state for device, state in _random_states().items()}
+    tensors |= {f"random.{device}": states for device, states in content.random.items()}
+    sharded = not path.suffix
     leaves: list[Tensor] = []
-    structure = _describe(memory, leaves)
-    tensors |= {f"memory.{index}": leaf for index, leaf in enumerate(leaves)}
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        metadata = {"format": FORMAT, "progress": json.dumps(progress), "memory": json.dumps(structure)}
-        save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    structure = _describe(content.memory, leaves, 1 if fabric is None else fabric.world_size)
+    metadata = {"format": FORMAT, "progress": json.dumps(content.progress), "memory": json.dumps(structure)}
+    for index, leaf in enumerate(leaves):
+        tensors[f"memory.{index}"] = _all_rows(leaf, fabric, sharded=sharded)
+    if sharded:
+        assert fabric is not None
+        write_folder(path, tensors, metadata, fabric)
+        return
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    if fabric is None or fabric.is_global_zero:
+        write_file(path, whole, metadata)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> tuple[dict[str, Any], Any]:
-    """Put a checkpoint into a model, and into its optimizer and the random state if one is given.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> Checkpoint:
+    """Put a checkpoint into a model, and into its optimizer if one is given; return the rest, with all rows.
 
-    Returns:
-        The progress that was saved, and the memory.
+    The number of processes, and whether they share the parameters out, may be another than when it was saved.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, foreign, or of another model.
+        ValueError: it is damaged, foreign, or of another model; nothing was changed then.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; has the run saved a checkpoint yet?")
-    tensors, metadata = _read(path)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no checkpoint of this version of deepeq (format {metadata.get('format')!r})")
+    stored = open_stored(path)
+    if stored.metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is no checkpoint of this version of deepeq (format {stored.metadata.get('format')!r})"
+        )
     try:
-        progress = json.loads(metadata["progress"])
-        memory = _rebuild(json.loads(metadata["memory"]), _part(tensors, "memory."))
-        random_state = None if optimizer is None else tensors.get("random.cpu")
-        if random_state is not None:
-            torch.Generator().set_state(random_state)  # before anything is changed
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        content = _content(stored)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
-    if optimizer is not None and random_state is None:
-        raise ValueError(f"{path} holds no optimizer state, so training cannot go on from it; use last.safetensors")
-    _load_model(path, model, _part(tensors, "model."))
-    if optimizer is not None and random_state is not None:
-        _load_optimizer(model, optimizer, _part(tensors, "optimizer."))
-        torch.set_rng_state(random_state)
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])
-    return progress, memory
+    if optimizer is not None and not content.random:
+        raise ValueError(f"{path} holds no optimizer state, so training cannot go on from it; use another checkpoint")
+    _load_model(stored, model)
+    if optimizer is not None:
+        _load_optimizer(stored, model, optimizer)
+    return content
 
 
-def _random_states() -> dict[str, Tensor]:
+def random_states(fabric: Fabric) -> dict[str, Tensor]:
+    """The states of the sources of random numbers of all processes, `(W, n)` by device."""
     states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
+    if fabric.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: _gather(state.unsqueeze(0), fabric).cpu() for device, state in states.items()}
 
 
-def _describe(memory: Any, leaves: list[Tensor]) -> Any:
-    """The structure of a memory for JSON, with a number in the place of each tensor, which goes to `leaves`."""
+def set_random_states(states: dict[str, Tensor], fabric: Fabric) -> bool:
+    """Set those of this process; returns False, and sets none, if they are of another number of processes."""
+    if len(states["cpu"]) != fabric.world_size:
+        return False
+    # Clones: torch reads a state from the start of its storage, wherever the row of a tensor begins.
+    torch.set_rng_state(states["cpu"][fabric.global_rank].clone())
+    if "cuda" in states and fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"][fabric.global_rank].clone())
+    return True
+
+
+def _content(stored: Stored) -> Checkpoint:
+    def read(prefix: str) -> dict[str, Tensor]:
+        targets = {name: torch.zeros_like(held, device="cpu") for name, held in _part(stored.tensors, prefix).items()}
+        stored.read_into({prefix + name: target for name, target in targets.items()})
+        return targets
+
+    random = read("random.")
+    if "cpu" in random:
+        torch.Generator().set_state(random["cpu"][0])  # before anything is changed
+    memory = _rebuild(json.loads(stored.metadata["memory"]), read("memory."))
+    return Checkpoint(json.loads(stored.metadata["progress"]), memory, random)
+
+
+def _describe(memory: Any, leaves: list[Tensor], num_processes: int) -> Any:
+    """The structure of a memory for JSON; a tensor goes to `leaves` and leaves its number, an empty one its shape."""
     if memory is None:
         return None
     if isinstance(memory, Tensor):
+        if memory.numel() == 0:
+            shape = [memory.shape[0] * num_processes, *memory.shape[1:]]
+            return {"shape": shape, "dtype": str(memory.dtype).removeprefix("torch.")}
         leaves.append(memory)
         return len(leaves) - 1
-    return [type(memory).__name__, *(_describe(part, leaves) for part in memory)]
+    return [type(memory).__name__, *(_describe(part, leaves, num_processes) for part in memory)]
 
 
 def _rebuild(structure: Any, leaves: dict[str, Tensor]) -> Any:
@@ -112,47 +146,59 @@ def _rebuild(structure: Any, leaves: dict[str, Tensor]) -> Any:
         return None
     if isinstance(structure, int):
         return leaves[str(structure)]
+    if isinstance(structure, dict):
+        return torch.zeros(structure["shape"], dtype=getattr(torch, structure["dtype"]))
     name, *parts = structure
     rebuilt = tuple(_rebuild(part, leaves) for part in parts)
     return rebuilt if name == "tuple" else _TUPLES[name](*rebuilt)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or is no safetensors file ({error}); use another checkpoint") from error
+def _all_rows(leaf: Tensor, fabric: Fabric | None, *, sharded: bool) -> Tensor:
+    """The rows of all processes."""
+    if sharded:
+        assert fabric is not None
+        assert isinstance(fabric.strategy, ModelParallelStrategy)
+        return DTensor.from_local(leaf.contiguous(), fabric.strategy.device_mesh["data_parallel"], [Shard(0)])
+    return leaf if fabric is None else _gather(leaf, fabric)
 
 
-def _load_model(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:
-    wanted = model.state_dict()
-    wrong = sorted(set(wanted) ^ set(saved)) or [n for n in wanted if wanted[n].shape != saved[n].shape]
+def _gather(rows: Tensor, fabric: Fabric) -> Tensor:
+    if fabric.world_size == 1:
+        return rows
+    rows = rows.to(fabric.device).contiguous()
+    gathered = [torch.empty_like(rows) for _ in range(fabric.world_size)]
+    torch.distributed.all_gather(gathered, rows)
+    return torch.cat(gathered)
+
+
+def _load_model(stored: Stored, model: nn.Module) -> None:
+    wanted, held = model.state_dict(), _part(stored.tensors, "model.")
+    wrong = sorted(set(wanted) ^ set(held)) or [name for name in wanted if wanted[name].shape != held[name].shape]
     if wrong:
         raise ValueError(
-            f"{path} belongs to another model: {wrong[0]} differs (and {len(wrong) - 1} more); "
+            f"{stored.path} belongs to another model: {wrong[0]} differs (and {len(wrong) - 1} more); "
             "use the configuration in its own run folder"
         )
-    model.load_state_dict(saved)
+    stored.read_into({f"model.{name}": tensor.detach() for name, tensor in wanted.items()})
 
 
-def _load_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor]) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = _part(saved, f"{names[parameter]}/")
-            if state:
-                optimizer.state[parameter] = {key: _place(value, parameter) for key, value in state.items()}
-
-
-def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+def _load_optimizer(stored: Stored, model: nn.Module, optimizer: Optimizer) -> None:
+    saved = _part(stored.tensors, "optimizer.")
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    targets: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, held in _part(saved, f"{name}/").items():
+            # Adam's step counters stay on the CPU; its moments live beside their parameter.
+            beside = held.shape == parameter.shape
+            value = torch.zeros_like(parameter.detach()) if beside else torch.zeros_like(held, device="cpu")
+            targets[f"optimizer.{name}/{key}"] = states.setdefault(parameter, {})[key] = value
+    stored.read_into(targets)
+    optimizer.state.update(states)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _place(value: Tensor, parameter: Tensor) -> Tensor:
-    # Adam's step counters stay on the CPU; its moments live beside their parameter.
-    return value.to(parameter.device) if value.shape == parameter.shape else value
+def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}

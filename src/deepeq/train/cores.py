@@ -1,6 +1,5 @@
 """The cores that one model wears in the phases of a run."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ class Cores(NamedTuple):
             Unrolled(network.cell, equilibrium.warm_up_depth),
             _in_pieces(DEQ(network.cell, solver=equilibrium.solver, adjoint=adjoint), equilibrium),
             evaluation_core(network, equilibrium),
-            math.ceil(equilibrium.warm_up_share * config.train.steps),
+            equilibrium.warm_up_steps(config.train.steps),
         )
 
 

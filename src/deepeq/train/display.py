@@ -16,20 +16,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 
 class Display:
     """Progress of a number of steps, as a context manager."""
 
-    def __init__(self, num_steps: int, *, start: int = 0) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, num_steps: int, *, start: int = 0, enabled: bool = True) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not enabled)
         self._num_steps = num_steps
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, TextColumn("{task.description}"), console=self.console, transient=True)
         self._task = self._progress.add_task("", total=num_steps, completed=start)
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self._progress.start()
         return self
 
@@ -54,9 +55,9 @@ class Display:
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """Print a table of two columns."""
-        table = Table(title=title, show_header=False, title_justify="left")
+        table = Table(title=Text(title), show_header=False, title_justify="left")
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # not markup: the name of a folder may hold brackets
         self.console.print(table)
 
 

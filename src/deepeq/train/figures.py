@@ -34,7 +34,7 @@ def plot_run(path: Path) -> list[Path]:
     figures = {"loss": _loss(rows)}
     if load_config(folder.config, complete=True).model.depth == 0:
         figures["steps"] = _steps(rows)
-        if folder.last.exists():
+        if folder.last is not None or folder.best.exists():
             figures["convergence"] = _convergence(*_residuals(folder))
     written = []
     for name, figure in figures.items():

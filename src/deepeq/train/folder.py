@@ -5,13 +5,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from deepeq.data import CopyMemory, Corpus, Vocabulary, known_vocab_size, load_corpus
 from deepeq.models import LanguageModel, TiedNetwork
 from deepeq.train.checkpoint import load_checkpoint
 from deepeq.train.config import RunConfig, load_config
 from deepeq.train.cores import evaluation_core
+from deepeq.train.storage import TEMPORARY, remove
+
+Resume = Literal["no", "yes", "auto"]
+"""Whether a run goes on from the newest checkpoint in its folder: never, in any case, or if there is one."""
 
 
 class RunFolder:
@@ -22,28 +26,49 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.vocabulary = path / "vocabulary.json"
         self.metrics = path / "metrics.jsonl"
-        self.last = path / "checkpoint" / "last.safetensors"
-        self.best = path / "checkpoint" / "best.safetensors"
+        self.checkpoints = path / "checkpoint"
+        self.best = self.checkpoints / "best.safetensors"
         self.figures = path / "figures"
         self.sample = path / "sample.txt"
         self.result = path / "result.json"
 
     @classmethod
-    def of(cls, config: RunConfig) -> Self:
+    def of(cls, config: RunConfig, resume: Resume) -> Self:
         """The folder that a run is to use.
 
         Raises:
             ValueError: it holds a run already, or none to resume.
         """
+        if resume != "no" and config.run.dir is None:
+            raise ValueError(f"resume={resume!r} needs run.dir, the folder of the run to go on with")
         name = f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = cls(Path(config.run.dir) if config.run.dir is not None else Path("runs") / name)
-        if config.run.resume and not folder.last.exists():
-            raise ValueError(f"run.resume=True, but {folder.last} does not exist; start the run without it")
-        if not config.run.resume and (folder.last.exists() or folder.best.exists()):
+        if resume == "yes" and folder.last is None:
+            raise ValueError(f"there is no checkpoint in {folder.checkpoints}; start the run with --resume auto or no")
+        if resume == "no" and (folder.last is not None or folder.best.exists()):
             raise ValueError(
-                f"{folder.path} already holds a run; add --run.resume true to go on, or choose another --run.dir"
+                f"{folder.path} already holds a run; add --resume auto to go on, or choose another --run.dir"
             )
         return folder
+
+    @property
+    def saved(self) -> list[Path]:
+        """Complete checkpoints to go on from, oldest first."""
+        return sorted(path for path in self.checkpoints.glob("step-*") if not path.name.endswith(TEMPORARY))
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint to go on from."""
+        return self.saved[-1] if self.saved else None
+
+    def at_step(self, step: int, *, sharded: bool) -> Path:
+        """The name of a checkpoint: a folder if it is sharded, else a file."""
+        return self.checkpoints / f"step-{step:09d}{'' if sharded else '.safetensors'}"
+
+    def keep(self, count: int) -> None:
+        """Delete all but the newest checkpoints."""
+        for path in self.saved[:-count]:
+            remove(path)
 
     def load_model(self) -> tuple[RunConfig, Vocabulary | None, LanguageModel]:
         """The configuration, the vocabulary if there is text, and the model of the best checkpoint for evaluation.
@@ -57,7 +82,7 @@ class RunFolder:
         size = known_vocab_size(config.data) if vocabulary is None else len(vocabulary)
         assert size is not None
         model = LanguageModel(size, config.model)
-        load_checkpoint(self.best if self.best.exists() else self.last, model)
+        load_checkpoint(self.best if self.best.exists() or self.last is None else self.last, model)
         if config.model.depth == 0:
             assert isinstance(model.network, TiedNetwork)
             model.network.core = evaluation_core(model.network, config.equilibrium)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from deepeq.data.files import write_atomically
@@ -24,19 +25,33 @@ def quality(level: str, nll: float) -> dict[str, float]:
 
 
 class Averages:
-    """Running weighted means and maxima; they stay on the device until they are asked for."""
+    """Running weighted means and maxima; they stay on the device until they are asked for.
 
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
-        state = state or {"sums": {}, "maxima": {}}
-        self._sums: dict[str, tuple[Tensor, float]] = {
-            name: (torch.tensor(total, dtype=torch.float64), weight) for name, (total, weight) in state["sums"].items()
-        }
-        self._maxima: dict[str, Tensor] = {name: torch.tensor(value) for name, value in state["maxima"].items()}
+    With a Fabric they are those of all its processes together, which have to add the same names and to ask at the same
+    time.
+    """
+
+    def __init__(self, fabric: Fabric | None = None) -> None:
+        self._fabric = fabric
+        self._sums: dict[str, tuple[Tensor, float]] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._sums, self._maxima = {}, {}
 
     def state(self) -> dict[str, Any]:
-        """What JSON can hold, for the constructor to go on from."""
-        sums = {name: (float(total), weight) for name, (total, weight) in self._sums.items()}
-        return {"sums": sums, "maxima": {name: float(value) for name, value in self._maxima.items()}}
+        """What JSON can hold, for `restore` to go on from."""
+        sums, maxima = self._reduced()
+        return {"sums": sums, "maxima": maxima}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        # It is the sum over all processes: the first one takes it, for the others there is nothing to add.
+        own = self._fabric is None or self._fabric.is_global_zero
+        for name, (total, weight) in state["sums"].items():
+            self._sums[name] = (torch.tensor(total if own else 0.0, dtype=torch.float64), weight if own else 0.0)
+        self._maxima = {name: torch.tensor(value) for name, value in state["maxima"].items()}
 
     def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
         """Count a scalar with a weight."""
@@ -58,8 +73,25 @@ class Averages:
 
     def compute(self) -> dict[str, float]:
         """All of them by name."""
-        means = {name: float(total) / weights for name, (total, weights) in self._sums.items()}
-        return means | {name: float(value) for name, value in self._maxima.items()}
+        sums, maxima = self._reduced()
+        return {name: total / weight for name, (total, weight) in sums.items()} | maxima
+
+    def weight(self, name: str) -> float:
+        """The sum of the weights of a mean."""
+        return self._reduced()[0][name][1]
+
+    def _reduced(self) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+        """Sums with their weights, and maxima, over all processes."""
+        sums = torch.tensor([(float(total), weight) for total, weight in self._sums.values()], dtype=torch.float64)
+        maxima = torch.tensor([float(value) for value in self._maxima.values()], dtype=torch.float64)
+        if self._fabric is not None and self._fabric.world_size > 1:
+            device = self._fabric.device
+            sums = self._fabric.all_reduce(sums.to(device), reduce_op="sum")
+            maxima = self._fabric.all_reduce(maxima.to(device), reduce_op="max")
+        assert isinstance(sums, Tensor)
+        assert isinstance(maxima, Tensor)
+        pairs = [(total, weight) for total, weight in sums.tolist()]
+        return dict(zip(self._sums, pairs, strict=True)), dict(zip(self._maxima, maxima.tolist(), strict=True))
 
 
 class MetricsFile:
@@ -69,16 +101,24 @@ class MetricsFile:
     dropped, and those of the test text, which is evaluated once more.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        rows = read_metrics(path) if path.exists() and step else []
-        kept = [row for row in rows if row["step"] <= step and row["split"] != "test"]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, path: Path, *, step: int, enabled: bool = True) -> None:
         self._path = path
+        self.rows: list[dict[str, Any]] = []
+        """The rows of training and validation so far."""
+        if enabled:
+            rows = read_metrics(path) if path.exists() and step else []
+            self.rows = [row for row in rows if row["step"] <= step and row["split"] != "test"]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def write(self, split: str, step: int, values: dict[str, Any]) -> None:
-        """Append a line."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row, which has `split` and `step`."""
+        if row["split"] != "test":
+            self.rows.append(row)
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # that of a full disk names no file
+            raise OSError(f"{self._path} cannot be written: {error.strerror}") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

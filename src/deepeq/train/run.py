@@ -3,23 +3,32 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepeq.data import CopyMemory, copy_memory_baseline, unigram_bits
 from deepeq.data.files import write_atomically
-from deepeq.train.checkpoint import load_checkpoint
+from deepeq.models import LanguageModel
 from deepeq.train.config import RunConfig
+from deepeq.train.devices import make_fabric
 from deepeq.train.figures import plot_run
-from deepeq.train.folder import RunFolder
+from deepeq.train.folder import Resume, RunFolder
 from deepeq.train.generation import generate
 from deepeq.train.loop import Trainer
 from deepeq.train.metrics import peak_memory_mb, quality
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, *, resume: Resume = "no") -> dict[str, Any] | None:
     """The result of a run: trains, evaluates the best checkpoint on the test text, draws the figures, writes a sample.
+
+    Under `torchrun` every process calls this; the first one returns the result, the others None.
+
+    Args:
+        config: The run.
+        resume: Whether to go on from the newest checkpoint in `run.dir`: `no`, `yes`, or `auto`, if there is one.
 
     Raises:
         ValueError: the run folder is in use, holds a run already, or cannot be resumed with this configuration.
@@ -28,20 +37,36 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     # Saturated softmaxes give gradients too small for normal floats, which made products on a CPU four times slower.
     torch.set_flush_denormal(True)
-    folder = RunFolder.of(config)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder.path)))
-    with folder.lock():
-        trainer = Trainer(config, folder)
-        trainer.fit()
-        return _finish(trainer)
+    fabric = make_fabric(config.train)
+    # One process chooses the folder, whose name has the time in it, and keeps others out.
+    folder = RunFolder.of(config, resume) if fabric.is_global_zero else None
+    with nullcontext() if folder is None else folder.lock():
+        path, saved = fabric.broadcast(
+            (str(folder.path), folder.last is not None) if folder is not None else ("", False)
+        )
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=path))
+        trainer = Trainer(config, RunFolder(Path(path)), resume=saved, fabric=fabric)
+        status = "failed"
+        try:
+            trainer.fit()
+            result = _finish(trainer)
+            status = "success"
+        finally:
+            for logger in trainer.loggers:
+                logger.finalize(status)
+    if fabric.world_size > 1:
+        torch.distributed.destroy_process_group()
+    return result
 
 
-def _finish(trainer: Trainer) -> dict[str, Any]:
-    load_checkpoint(trainer.folder.best, trainer.model)
+def _finish(trainer: Trainer) -> dict[str, Any] | None:
+    trainer.load_best()
     values = trainer.evaluate("test")
-    _write_sample(trainer)
-    plot_run(trainer.folder.path)
     result = _result(trainer, values)
+    if not trainer.fabric.is_global_zero:
+        return None
+    _write_sample(trainer, trainer.folder.load_model()[2])  # whole, where the trainer's may be sharded
+    plot_run(trainer.folder.path)
     write_atomically(trainer.folder.result, json.dumps(result, indent=1) + "\n")
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}
     trainer.display.table(f"{trainer.corpus.name}: result", shown)
@@ -79,16 +104,12 @@ def _baseline_nll(trainer: Trainer) -> float:
     return unigram_bits(corpus.train, corpus.test, corpus.vocab_size) * math.log(2)
 
 
-def _write_sample(trainer: Trainer) -> None:
+def _write_sample(trainer: Trainer, model: LanguageModel) -> None:
     corpus, train = trainer.corpus, trainer.config.train
     if isinstance(corpus, CopyMemory):
         return
     prompt = corpus.test[: train.segment_len].long()
-    generator = torch.Generator().manual_seed(train.seed)
-    tokens = list(
-        generate(
-            trainer.model, prompt, num_tokens=200, temperature=0.8, segment_len=train.segment_len, generator=generator
-        )
-    )
+    sampled = generate(model, [prompt], num_tokens=200, temperature=0.8, segment_len=train.segment_len, seed=train.seed)
+    tokens = [token for (token,) in sampled]
     text = f"{corpus.vocabulary.decode(prompt)}\n--- the model goes on: ---\n{corpus.vocabulary.decode(tokens)}\n"
     write_atomically(trainer.folder.sample, text)
