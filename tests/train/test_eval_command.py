@@ -1,0 +1,202 @@
+"""`deepeq eval`: every option changes the computation, and the default is what training measured."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepeq import Anderson
+from deepeq.cli import main
+from deepeq.train import RunFolder, Trainer, load_config
+from deepeq.train.evaluate_run import EvaluationOptions, evaluate_run
+from deepeq.train.metrics import read_metrics
+from tests.train.conftest import with_run, with_train
+
+Measure = Callable[..., dict[str, Any]]
+
+EXACT = {"rtol": 1e-5, "max_steps": 300}
+RECIPES = {
+    "transformer": "model: {layer: {class_path: deepeq.models.TransformerConfig, "
+    "init_args: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 8}}}\n",
+    "trellis": "model: {layer: {class_path: deepeq.models.TrellisConfig, "
+    "init_args: {d_input: 8, d_hidden: 12, d_output: 8}}}\nequilibrium: {subsequence_len: 3}\n",
+    "lstm": "model: {layer: {class_path: deepeq.models.RecurrentConfig, init_args: {d_input: 8, d_hidden: 8}}, "
+    "depth: 2, tied: false}\n",
+    "copy": "data: {corpus: copy_memory, copy_memory: {blank_len: 5, num_train: 8, num_test: 6}}\n"
+    "model: {layer: {class_path: deepeq.models.TransformerConfig, "
+    "init_args: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 0}}}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog.\n" * 22)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[dict[str, Path]]:
+    """A finished run of each kind, without its figures."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, recipe in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(recipe if name == "copy" else f"data: {{files: ['{text}']}}\n{recipe}")
+        length = {"segment_len": 25} if name == "copy" else {"segment_len": 8, "eval_segment_len": 6}
+        config = with_train(load_config(folder / f"{name}.yaml"), steps=2, batch_size=4, eval_batch_size=2, **length)
+        trainer = Trainer(with_run(config, dir=str(folder / name)), RunFolder(folder / name))
+        trainer.fit()
+        trainer.load_best()
+        trainer.evaluate("test")
+    with pytest.MonkeyPatch.context() as patch:  # to read a configuration takes longer than to evaluate these runs
+        patch.setattr("deepeq.train.folder.load_config", cache(load_config))
+        yield {name: folder / name for name in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def measure(runs: dict[str, Path]) -> Measure:
+    return cache(lambda name, **options: evaluate_run(runs[name], EvaluationOptions(**options)))
+
+
+@pytest.mark.parametrize(("name", "split"), [("transformer", "valid"), *((name, "test") for name in RECIPES)])
+def test_default_is_what_training_measured(measure: Measure, runs: dict[str, Path], name: str, split: str) -> None:
+    values = measure(name, split=split)
+    rows = [row for row in read_metrics(runs[name] / "metrics.jsonl") if row["split"] == split]
+    row = min(rows, key=lambda row: row["nll"])
+    shared = set(row) & set(values) - {"seconds", "split"}
+    assert shared >= {"nll", "num_tokens", "loss" if name == "copy" else "bits_per_character"}
+    assert ("forward_residual" in shared) == (name != "lstm")
+    for key in shared:
+        assert values[key] == pytest.approx(row[key], rel=1e-6), key
+    assert (values["segment_len"], values["batch_size"]) == ((25, 2) if name == "copy" else (6, 2))
+
+
+def test_command_takes_every_option_and_its_last_line_is_what_was_used(
+    runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"split": "valid", "batch_size": 1, "segment_len": 9, "memory_len": 3, "subsequence_len": 4}
+    of_solver = {"rtol": 0.01, "atol": 0.5, "max_steps": 7}
+    given = [f"--{name}={value}" for name, value in (options | of_solver).items()]
+    solver = ["--solver", "Anderson", "--solver.history_size", "5", "--device", "cpu"]
+    assert main(["eval", "--run", str(runs["transformer"]), *given, *solver]) == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: values[name] for name in options} == options
+    own = {"name": "Anderson", "history_size": 5, "ridge": 1e-8, "damping": 0.0}
+    assert values["solver"] == of_solver | own
+    assert values["device"] == "cpu"
+    assert values["num_params"] > 0
+    assert values["seconds"] > 0
+
+
+def test_tighter_tolerance_takes_more_steps_to_a_smaller_residual(measure: Measure) -> None:
+    loose, tight = measure("transformer", rtol=0.1), measure("transformer", **EXACT)
+    assert tight["forward_steps"] > loose["forward_steps"] + 2
+    assert tight["forward_residual"] <= 1e-5 < loose["forward_residual"] <= 0.1
+    assert tight["forward_unconverged"] == 0
+
+
+def test_absolute_tolerance_and_step_limit_stop_a_solve(measure: Measure) -> None:
+    assert measure("transformer", atol=1000.0)["forward_steps"] == 1
+    limited = measure("transformer", max_steps=2, rtol=1e-6)
+    assert limited["forward_steps"] == 2
+    assert limited["forward_unconverged"] == 1
+
+
+def test_another_solver_finds_the_same_equilibrium_on_its_own_way(measure: Measure) -> None:
+    broyden, anderson = measure("trellis", **EXACT), measure("trellis", solver=Anderson(), **EXACT)
+    assert (broyden["solver"]["name"], anderson["solver"]["name"]) == ("Broyden", "Anderson")
+    assert anderson["forward_steps"] != broyden["forward_steps"]
+    assert anderson["forward_unconverged"] == broyden["forward_unconverged"] == 0
+    assert anderson["nll"] == pytest.approx(broyden["nll"], rel=1e-5)
+
+
+def test_memory_changes_the_loss_and_is_told(measure: Measure) -> None:
+    same, none, default = (
+        measure("transformer", memory_len=8),
+        measure("transformer", memory_len=0),
+        measure("transformer", split="test"),
+    )
+    assert [values["memory_len"] for values in (same, none, default)] == [8, 0, 8]
+    assert same["nll"] == default["nll"] != none["nll"]
+    assert measure("trellis", split="test")["memory_len"] is None
+
+
+@pytest.mark.parametrize("pieces", [{"segment_len": 5}, {"segment_len": 20, "subsequence_len": 7}])
+def test_with_a_memory_of_everything_the_pieces_do_not_matter(measure: Measure, pieces: dict[str, int]) -> None:
+    whole = measure("transformer", memory_len=1000, segment_len=40, **EXACT)
+    parts = measure("transformer", memory_len=1000, **EXACT, **pieces)
+    assert parts["forward_steps"] != whole["forward_steps"]
+    assert parts["nll"] == pytest.approx(whole["nll"], rel=1e-4)
+
+
+def test_subsequence_of_zero_solves_a_segment_as_a_whole(measure: Measure) -> None:
+    whole, pieces = measure("trellis", subsequence_len=0), measure("trellis", split="test")
+    assert (whole["subsequence_len"], pieces["subsequence_len"]) == (None, 3)
+    assert whole["forward_steps"] > pieces["forward_steps"]
+
+
+def test_batch_size_decides_how_many_tokens_nothing_precedes(measure: Measure, text: Path) -> None:
+    length = len(text.read_text())
+    test = length - length * 9 // 10
+    for batch_size in (1, 3):
+        expected = batch_size * (test // batch_size - 1)
+        assert measure("lstm", batch_size=batch_size)["num_tokens"] == expected
+
+
+def test_explicit_network_has_no_solver(measure: Measure) -> None:
+    assert measure("lstm", split="test")["solver"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lstm", {"rtol": 0.1, "max_steps": 3}, r"rtol, max_steps cannot be chosen: .*lstm is an explicit network"),
+        ("lstm", {"solver": Anderson()}, "solver cannot be chosen"),
+        ("lstm", {"subsequence_len": 0}, "subsequence_len cannot be chosen"),
+        ("lstm", {"memory_len": 3}, "memory_len=3 is of Transformers"),
+        ("trellis", {"memory_len": 0}, "memory_len=0 is of Transformers"),
+        ("copy", {"memory_len": 3}, "memory_len=3 changes nothing"),
+        ("copy", {"segment_len": 8}, "segment_len must be 25"),
+        ("trellis", {"rtol": -1.0}, "rtol=-1.0 of Broyden must be a finite number >= 0"),
+        ("trellis", {"rtol": 0.0}, "rtol and atol of Broyden are both 0"),
+        ("trellis", {"max_steps": 0}, "max_steps=0 of Broyden must be a whole number >= 1"),
+        ("trellis", {"memory_len": -1, "batch_size": 0}, "batch_size=0 must be >= 1; memory_len=-1 must be >= 0"),
+        ("trellis", {"segment_len": 0, "subsequence_len": -3}, "segment_len=0 must be >= 1; subsequence_len=-3 must"),
+        ("trellis", {"batch_size": 100_000}, "too short for batch_size=100000"),
+    ],
+)
+def test_option_that_does_not_fit_is_named(measure: Measure, name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        measure(name, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rtol", "-1"], "rtol=-1.0 of Broyden must be"),
+        (["--solver", "Anderson", "--solver.ridge", "2"], "ridge=2.0 of Anderson must lie in"),
+        (["--solver", "os.system"], "solver"),
+        (["--max_steps", "many"], "max_steps"),
+    ],
+)
+def test_mistake_exits_with_2_and_without_a_traceback(
+    runs: dict[str, Path], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["eval", "--run", str(runs["transformer"]), *options])
+    except SystemExit as stop:  # from the parser
+        code = stop.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert message in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="device='cuda' finds no CUDA device"):
+        EvaluationOptions(device="cuda")
