@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,14 @@ def rows(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in kept]
 
 
+def num_lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 @pytest.mark.slow
 def test_run_killed_twenty_times_has_the_numbers_of_an_uninterrupted_one(config: RunConfig, tmp_path: Path) -> None:
-    config = with_train(config, steps=200, eval_every=40, checkpoint_every=5, batch_size=16, segment_len=32)
+    config = with_train(config, steps=200, eval_every=40, checkpoint_every=3)
     config = replace(config, model=replace(config.model, input_dropout=0.1, output_dropout=0.1))
     recipe = tmp_path / "recipe.yaml"
     save_config(config, recipe)
@@ -39,16 +45,18 @@ def test_run_killed_twenty_times_has_the_numbers_of_an_uninterrupted_one(config:
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole).wait() == 0
-    moments, num_kills = random.Random(0), 0
-    while num_kills < 20:
+    moments = random.Random(0)
+    for kill in range(20):
         process = start(killed)
-        try:
-            assert process.wait(moments.uniform(3.0, 9.0)) == 0
-            break
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            num_kills += 1
-    assert num_kills == 20, "the run ended before it was killed twenty times; give it more steps"
+        if kill % 5 == 0:  # at some moment of its start
+            time.sleep(moments.uniform(0.0, 3.0))
+        else:  # at some moment of the next few steps
+            last = num_lines(killed) + moments.randrange(8)
+            while num_lines(killed) <= last and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.0, 0.1))
+        assert process.poll() is None, "the run ended before it was killed twenty times; give it more steps"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert start(killed).wait() == 0
     assert rows(killed) == rows(whole)

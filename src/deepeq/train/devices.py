@@ -15,7 +15,7 @@ from torch.distributed import is_torchelastic_launched
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from deepeq.models import LanguageModel, LayerStack
+from deepeq.models import LanguageModel
 from deepeq.train.config import TrainConfig
 
 
@@ -58,15 +58,13 @@ def _strategy(name: str, num_processes: int) -> Strategy | str:
 
 
 def _shard(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
-    """FSDP2: the network, or each layer of a stack, is gathered for the length of its call; the rest with the whole.
+    """FSDP2: the network is gathered for the length of its call; the rest for that of the whole model.
 
     A call of a tied network is its whole solve, so that the cell is gathered once a solve, and not once an evaluation.
     """
     # The outputs that it warns of are views, but nothing changes them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    network = model.network
-    for unit in network.cells if isinstance(network, LayerStack) else [network]:
-        fully_shard(unit, mesh=mesh["data_parallel"])
+    fully_shard(model.network, mesh=mesh["data_parallel"])
     # Embedding and softmax share parameters, so that they cannot be units of their own.
     fully_shard(model, mesh=mesh["data_parallel"])
     return model
