@@ -1,23 +1,30 @@
 """The command `deepeq`: parses, builds, calls. Results go to stdout as JSON or text, messages to stderr."""
 
 import json
+import subprocess
 import sys
-from collections.abc import Sequence
+from argparse import REMAINDER
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
 
 from deepeq import __version__
+from deepeq.data import Vocabulary
 from deepeq.data.download import prepare_corpus
 from deepeq.data.published import PUBLISHED
+from deepeq.data.vocabulary import UNKNOWN
 from deepeq.solution import ConvergenceError
-from deepeq.train import Interrupted, RunFolder, TrainingError, evaluate, generate, plot_run, train
+from deepeq.train import Interrupted, TrainingError, generate, plot_run, train
 from deepeq.train.config import add_run_arguments, condensed, run_config
 from deepeq.train.display import preparation
+from deepeq.train.evaluate_run import EvaluationOptions, evaluate_run
+from deepeq.train.hub import export_run, open_model
 from deepeq.train.info import describe_model
-from deepeq.train.metrics import quality
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
-        _COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
+        return _COMMANDS[parsed.subcommand](parsed[parsed.subcommand]) or 0
     except (TrainingError, ConvergenceError, FloatingPointError, MemoryError) as error:
         return _fail(1, error)
     except (ValueError, OSError) as error:
@@ -34,11 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(130, error)
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
-    return 0
 
 
 def _fail(code: int, message: object) -> int:
-    print(f"deepeq: {condensed(str(message))}", file=sys.stderr)
+    print(f"deepeq: {' '.join(condensed(str(message)).splitlines())}", file=sys.stderr)
     return code
 
 
@@ -56,20 +62,33 @@ def _parser() -> ArgumentParser:
         usage="deepeq train --config RECIPE [--FIELD VALUE ...]    (deepeq train --help lists the fields)",
     )
     add_run_arguments(training)
+    training.add_argument(
+        "--resume",
+        choices=("no", "yes", "auto"),
+        default="no",
+        help="whether to go on from the newest checkpoint in --run.dir; auto: if there is one",
+    )
     commands.add_subcommand("train", training, help="train a language model from a recipe")
 
-    evaluation = _run_parser("Evaluate the best checkpoint of a run; prints JSON.")
-    evaluation.add_argument("--split", choices=("train", "valid", "test"), default="test", help="text to evaluate on")
-    evaluation.add_argument("--batch_size", type=int, help="streams side by side (default: train.eval_batch_size)")
-    evaluation.add_argument("--segment_len", type=int, help="tokens a solve (default: train.eval_segment_len)")
+    evaluation = _run_parser("Evaluate the best checkpoint of a run, or an exported model; prints JSON.")
+    evaluation.add_class_arguments(EvaluationOptions)
     commands.add_subcommand("eval", evaluation, help="evaluate a run")
 
-    generation = _run_parser("Continue a prompt; prints the text as it is sampled.")
-    generation.add_argument("--prompt", type=str, required=True, help="text to continue")
-    generation.add_argument("--num_tokens", type=int, default=300, help="tokens to sample")
+    generation = _run_parser("Continue a prompt, printed as it is sampled, or several, printed as lines of JSON.")
+    generation.add_argument("--prompt", type=str, nargs="+", action="extend", default=[], help="texts to continue")
+    generation.add_argument("--prompts_file", type=str, help="file with a text to continue in each line")
+    generation.add_argument("--num_tokens", type=int, default=300, help="tokens to sample for each")
     generation.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    generation.add_argument("--top_k", type=int, default=0, help="sample among the likeliest; 0 for all")
+    generation.add_argument("--top_k", type=int, default=0, help="sample among so many of the likeliest; 0 for all")
+    generation.add_argument(
+        "--top_p", type=float, default=1.0, help="sample among the fewest likeliest of this probability together"
+    )
     generation.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    generation.add_argument(
+        "--memory_len",
+        type=int,
+        help="positions to look back (default: as in evaluation; 0: solve for the last segment anew at each token)",
+    )
     commands.add_subcommand("generate", generation, help="continue a text")
 
     information = _Parser(
@@ -86,6 +105,19 @@ def _parser() -> ArgumentParser:
     data.add_argument("--download", type=bool, default=True, help="whether to download what is missing")
     commands.add_subcommand("data", data, help="prepare a corpus")
 
+    export = _run_parser("Write a model that `PretrainedModel.from_pretrained` reads; prints JSON.")
+    export.add_argument("--out", type=str, required=True, help="folder for the model, its card and its vocabulary")
+    export.add_argument("--push", type=str, help="repository on the Hugging Face hub to upload it to (user/name)")
+    commands.add_subcommand("export", export, help="give a model away")
+
+    bench = _Parser(
+        description="Run a benchmark of the source checkout; exits as it does.",
+        usage="deepeq bench NAME --out DIR [ARGUMENT ...]    (deepeq bench NAME --help lists the arguments)",
+    )
+    bench.add_argument("name", type=str, help="script of the folder benchmarks/, without .py")
+    bench.add_argument("arguments", type=list[str], nargs=REMAINDER, help="what the script gets: --out DIR and more")
+    commands.add_subcommand("bench", bench, help="run a benchmark")
+
     commands.add_subcommand("plot", _run_parser("Draw the figures of a run; prints their paths."), help="draw figures")
     return parser
 
@@ -97,45 +129,84 @@ def _run_parser(description: str) -> ArgumentParser:
 
 
 def _train(arguments: Namespace) -> None:
-    print(json.dumps(train(run_config(arguments))))
+    result = train(run_config(arguments), resume=arguments.resume)
+    if result is not None:  # of several processes, the first one has it
+        print(json.dumps(result))
 
 
 def _eval(arguments: Namespace) -> None:
-    folder = RunFolder(Path(arguments.run))
-    config, vocabulary, model = folder.load_model()
-    train = config.train
-    length = train.segment_len if train.eval_segment_len is None else train.eval_segment_len
-    batches = folder.load_corpus(config).stream(
-        arguments.split,
-        batch_size=train.eval_batch_size if arguments.batch_size is None else arguments.batch_size,
-        segment_len=length if arguments.segment_len is None else arguments.segment_len,
-    )
-    values = evaluate(model, batches)
-    level = "symbol" if vocabulary is None else vocabulary.level
-    print(json.dumps({"split": arguments.split} | quality(level, values["nll"]) | values))
+    options = EvaluationOptions(**{part.name: arguments[part.name] for part in fields(EvaluationOptions)})
+    print(json.dumps(evaluate_run(Path(arguments.run), options)))
 
 
 def _generate(arguments: Namespace) -> None:
-    config, vocabulary, model = RunFolder(Path(arguments.run)).load_model()
+    config, vocabulary, model = open_model(Path(arguments.run))
     if vocabulary is None:
-        raise ValueError(f"{arguments.run} was trained on {config.data.corpus}, which is no text to continue")
+        raise ValueError(f"{arguments.run} was trained on {config.level}s, which are no text to continue")
+    prompts = [*arguments.prompt, *_lines(arguments.prompts_file)]
+    encoded = [vocabulary.encode(prompt) for prompt in prompts]
     tokens = generate(
         model,
-        vocabulary.encode(arguments.prompt),
+        encoded,
         num_tokens=arguments.num_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
-        segment_len=config.train.segment_len,
-        generator=torch.Generator().manual_seed(arguments.seed),
+        top_p=arguments.top_p,
+        segment_len=config.segment_len,
+        memory_len=arguments.memory_len,
+        seed=arguments.seed,
     )
-    print(arguments.prompt, end="", flush=True)
-    after = arguments.prompt
+    _report_unknown(vocabulary, encoded)
+    if len(prompts) == 1 and arguments.prompts_file is None:
+        _print_text(vocabulary, prompts[0], (token for (token,) in tokens))
+        return
+    for prompt, *continuation in zip(prompts, *tokens, strict=True):
+        print(json.dumps({"prompt": prompt, "continuation": vocabulary.decode(continuation)}))
+
+
+def _lines(file: str | None) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        lines = [] if file is None else Path(file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+def _report_unknown(vocabulary: Vocabulary, prompts: Sequence[Tensor]) -> None:
+    ids = torch.cat(list(prompts))
+    count = int((ids == vocabulary.tokens.index(UNKNOWN)).sum())
+    if count:
+        level = vocabulary.level
+        print(
+            f"deepeq: {count} of {len(ids)} {level}s are unknown to the model, which reads {UNKNOWN}", file=sys.stderr
+        )
+
+
+def _print_text(vocabulary: Vocabulary, prompt: str, tokens: Iterable[int]) -> None:
+    print(prompt, end="", flush=True)
+    after = prompt
     for token in tokens:
         text = vocabulary.decode([token])
         glue = vocabulary.level == "word" and not after.endswith("\n") and not text.startswith("\n")
         print(" " * glue + text, end="", flush=True)
         after = text
     print()
+
+
+def _bench(arguments: Namespace) -> int:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    name = arguments.name.replace("-", "_")
+    if not names:
+        raise ValueError(f"there is no folder {folder}: benchmarks need a checkout of the source, installed with -e")
+    if name not in names:
+        raise ValueError(f"{arguments.name!r} is no benchmark; there are {', '.join(names)}")
+    return subprocess.run([sys.executable, folder / f"{name}.py", *arguments.arguments], check=False).returncode
+
+
+def _export(arguments: Namespace) -> None:
+    print(json.dumps(export_run(arguments.run, arguments.out, repository=arguments.push)))
 
 
 def _info(arguments: Namespace) -> None:
@@ -153,4 +224,13 @@ def _plot(arguments: Namespace) -> None:
         print(path)
 
 
-_COMMANDS = {"data": _data, "train": _train, "eval": _eval, "generate": _generate, "info": _info, "plot": _plot}
+_COMMANDS = {
+    "data": _data,
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "info": _info,
+    "export": _export,
+    "bench": _bench,
+    "plot": _plot,
+}

@@ -2,8 +2,9 @@
 
 from deepeq.models.baselines import TCN, BlockMemory, Recurrent, RecurrentConfig, TCNConfig
 from deepeq.models.cell import CellConfig, LayerConfig, SequenceCell
+from deepeq.models.key_values import KeyValues, PositionKeys
 from deepeq.models.language_model import LanguageModel, ModelConfig, ModelOutput
-from deepeq.models.networks import LayerStack, NetworkOutput, TiedNetwork
+from deepeq.models.networks import LayerStack, NetworkOutput, TiedNetwork, join_memories
 from deepeq.models.transformer import Memory, TransformerCell, TransformerConfig, TransformerInjection
 from deepeq.models.trellisnet import TrellisCell, TrellisConfig, TrellisInjection, TrellisMemory
 
@@ -15,6 +16,7 @@ __all__ = [
     "TCN",
     "BlockMemory",
     "CellConfig",
+    "KeyValues",
     "LanguageModel",
     "LayerConfig",
     "LayerStack",
@@ -22,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "ModelOutput",
     "NetworkOutput",
+    "PositionKeys",
     "Recurrent",
     "RecurrentConfig",
     "SequenceCell",
@@ -34,4 +37,5 @@ __all__ = [
     "TrellisConfig",
     "TrellisInjection",
     "TrellisMemory",
+    "join_memories",
 ]

@@ -38,6 +38,19 @@ class SequenceCell(nn.Module, ABC):
         """Positions that a memory is to keep in the present mode; None where that is not for the user to choose."""
         return None
 
+    def start_memory(self, batch_size: int, *, length: int | None = None) -> Any:
+        """An empty memory that makes one position at a time cheap; None where that of `extend_memory` does already.
+
+        Args:
+            batch_size: Number of samples.
+            length: Positions to keep; None for `memory_length()`.
+        """
+        return None
+
+    def guess(self, x: Tensor, memory: Any) -> Any:
+        """A state near the equilibrium for inputs `(B, T, d_input)`; None where the memory suggests none."""
+        return None
+
     @abstractmethod
     def initial_state(self, x: Tensor) -> Any:
         """The state that a solve starts from, for inputs `(B, T, d_input)`."""

@@ -14,6 +14,7 @@ from deepeq.models.networks import LayerStack, NetworkOutput, TiedNetwork
 from deepeq.models.transformer import TransformerConfig
 from deepeq.nn import AdaptiveEmbedding, AdaptiveSoftmax, VariationalDropout, VocabularyConfig
 from deepeq.solution import Solution
+from deepeq.stability import Generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class LanguageModel(nn.Module):
         memory: Any = None,
         targets: Tensor | None = None,
         *,
-        penalty_generator: torch.Generator | None = None,
+        penalty_generator: Generators | None = None,
     ) -> ModelOutput:
         """Predict the token after each of `tokens` `(B, T)`.
 
@@ -139,25 +140,51 @@ class LanguageModel(nn.Module):
             targets: The tokens that follow, `(B, T)`; their losses are cheaper than the probabilities of all tokens.
             penalty_generator: Source of the random vectors of `jacobian_penalty`, which is computed if it is given.
         """
-        x = self.embedding(tokens)
-        # Under autocast a projection gives sixteen bits, too few for states and memories.
-        x = self.input_dropout(x.to(torch.promote_types(x.dtype, torch.float32)))
-        if isinstance(self.network, TiedNetwork):
-            output = self.network(x, memory, penalty_generator=penalty_generator)
-        else:
-            output: NetworkOutput = self.network(x, memory)
+        output = self._run_network(tokens, memory, penalty_generator)
         hidden, auxiliary = self.output_dropout(output.value), None
         if targets is not None and output.intermediate and self.training:
             losses = [self.softmax(self.output_dropout(value), targets).mean() for value in output.intermediate]
             auxiliary = torch.stack(losses).mean()
         return ModelOutput(
-            pytree.tree_map_only(Tensor, Tensor.detach, output.memory),
+            _detached(output.memory),
             None if targets is None else self.softmax(hidden, targets),
             None if targets is not None else self.softmax.log_probs(hidden),
             output.solution,
             auxiliary,
             output.jacobian_penalty,
         )
+
+    def start_memory(self, batch_size: int, *, length: int | None = None) -> Any:
+        """An empty memory for `predict`, with which one more position costs little more than attention to the others.
+
+        None where the memory that the network returns does that already, or where it keeps none.
+
+        Args:
+            batch_size: Number of texts.
+            length: Positions to keep; None for as many as in evaluation.
+        """
+        if not isinstance(self.network, TiedNetwork):
+            return None
+        return self.network.cell.start_memory(batch_size, length=length)
+
+    def predict(self, tokens: Tensor, memory: Any = None) -> ModelOutput:
+        """Predict the token after the last of `tokens` `(B, T)` alone: `logits` are `(B, 1, V)`."""
+        output = self._run_network(tokens, memory)
+        logits = self.softmax.log_probs(self.output_dropout(output.value[:, -1:]))
+        return ModelOutput(_detached(output.memory), None, logits, output.solution, None, None)
+
+    def _run_network(self, tokens: Tensor, memory: Any, penalty_generator: Generators | None = None) -> NetworkOutput:
+        x = self.embedding(tokens)
+        # Under autocast a projection gives sixteen bits, too few for states and memories.
+        x = self.input_dropout(x.to(torch.promote_types(x.dtype, torch.float32)))
+        if isinstance(self.network, TiedNetwork):
+            return self.network(x, memory, penalty_generator=penalty_generator)
+        return self.network(x, memory)
+
+
+def _detached(memory: Any) -> Any:
+    # Without gradients there is nothing to detach, and walking through a memory takes time in decoding.
+    return pytree.tree_map_only(Tensor, Tensor.detach, memory) if torch.is_grad_enabled() else memory
 
 
 def make_network(config: ModelConfig) -> TiedNetwork | LayerStack | TCN | Recurrent:

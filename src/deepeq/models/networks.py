@@ -1,16 +1,19 @@
 """The networks between embedding and softmax: one cell as an equilibrium or a tied stack, or layers of their own."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from deepeq.deq import DEQ, Unrolled
 from deepeq.models.cell import SequenceCell
+from deepeq.models.key_values import KeyValues, join_key_values
 from deepeq.models.transformer import TransformerCell, TransformerConfig
 from deepeq.solution import Solution
-from deepeq.stability import jacobian_penalty
+from deepeq.stability import Generators, jacobian_penalty
 from deepeq.subsequences import Subsequences
 
 
@@ -42,17 +45,17 @@ class TiedNetwork(nn.Module):
         assert isinstance(self.core.cell, SequenceCell)
         return self.core.cell
 
-    def forward(
-        self, x: Tensor, memory: Any = None, *, penalty_generator: torch.Generator | None = None
-    ) -> NetworkOutput:
+    def forward(self, x: Tensor, memory: Any = None, *, penalty_generator: Generators | None = None) -> NetworkOutput:
         """Features and memory for inputs `(B, T, d_input)`; with a generator, the Jacobian penalty at them too."""
         core, cell, penalty = self.core, self.cell, None
+        # Where a stack starts decides what it returns.
+        z0 = cell.guess(x, memory) if isinstance(core, DEQ) else None
         if isinstance(core, Subsequences):
             if penalty_generator is not None:
                 raise ValueError("the Jacobian penalty is of one map, and Subsequences solve several: leave one out")
-            solution = core(x, memory=memory)
+            solution = core(x, z0, memory)
         else:
-            f, z0 = core.prepare(x, memory=memory)
+            f, z0 = core.prepare(x, z0, memory)
             solution = core.solve(f, z0)
             if penalty_generator is not None:
                 penalty = jacobian_penalty(f, solution.value, generator=penalty_generator)
@@ -64,6 +67,19 @@ class TiedNetwork(nn.Module):
             tuple(cell.output(z) for z in solution.intermediate),
             penalty,
         )
+
+
+def join_memories(memories: Sequence[Any]) -> Any:
+    """The memory of several batches as one batch, of the samples in their order; None where their lengths differ.
+
+    Those of `SequenceCell.start_memory` may differ in length.
+    """
+    if isinstance(memories[0], KeyValues):
+        return join_key_values(memories)
+    shapes = {tuple(leaf.shape[1:] for leaf in pytree.tree_leaves(memory) if leaf is not None) for memory in memories}
+    if memories[0] is None or len(shapes) > 1:
+        return None
+    return pytree.tree_map(lambda *parts: torch.cat(parts), *memories)
 
 
 class LayerStack(nn.Module):

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from deepeq.models.cell import CellConfig, SequenceCell, check_ranges
+from deepeq.models.key_values import KeyValues, PositionKeys
 from deepeq.nn import (
     VariationalDropout,
     causal_mask,
     regularize_weight,
     relative_attention,
+    single_query_attention,
     sinusoidal_positions,
     variational_mask,
 )
@@ -53,7 +55,19 @@ class TransformerInjection(NamedTuple):
     memory_key: Tensor  # (B, H, M, K)
     memory_value: Tensor  # (B, H, M, K)
     position: Tensor  # (H, S, K) keys of the relative distances
-    mask: Tensor  # (T, S)
+    mask: Tensor  # (T, S), or (B, 1, T, S)
+    weights: Weights
+    dropped: Masks
+
+
+class StepInjection(NamedTuple):
+    """All that the solve for one position needs besides `z`. Keys hold their positions, and the query its bias."""
+
+    qkv: Tensor  # (B, 1, 3 H K)
+    earlier_key: Tensor  # (B H, M, K)
+    earlier_value: Tensor  # (B H, M, K)
+    earlier_bias: Tensor  # (B H, 1, M)
+    bias: Tensor  # (B H, 1, 1)
     weights: Weights
     dropped: Masks
 
@@ -173,38 +187,50 @@ class TransformerCell(SequenceCell):
         in_training = self.training or self.config.eval_memory_len is None
         return self.config.memory_len if in_training else self.config.eval_memory_len
 
+    def start_memory(self, batch_size: int, *, length: int | None = None) -> KeyValues | None:
+        """Keys and values of no position yet; None for a cell without injection, or where none are to be kept."""
+        limit = self._visible(self.memory_length() if length is None else length)
+        if self.injection is None or not limit:
+            return None
+        none = self.injection.weight.new_empty(batch_size, 0, self.config.d_model)
+        key, value = self._keys_and_values(none, none, self.qkv.weight)
+        return KeyValues(key, value, none, none, self._position_table(1, like=none), None, limit)
+
+    def guess(self, x: Tensor, memory: Memory | KeyValues | None) -> Tensor | None:
+        """For one position after `KeyValues`, the equilibrium of the position that is most like it."""
+        return memory.nearest(x) if isinstance(memory, KeyValues) and x.shape[1] == 1 else None
+
     def initial_state(self, x: Tensor) -> Tensor:
         """Zeros, `(B, T, D)`."""
         return torch.zeros_like(x)
 
-    def inject(self, x: Tensor, memory: Memory | None = None) -> TransformerInjection:
+    def inject(self, x: Tensor, memory: Memory | KeyValues | None = None) -> TransformerInjection | StepInjection:
         """What attention needs besides `z`, for inputs `x` `(B, T, D)` and a memory of any length."""
-        num_queries, d_model = x.shape[1:]
-        if memory is None:
-            memory = Memory(x[:, :0], x[:, :0])
-        num_keys = memory.z.shape[1] + num_queries
+        num_queries, empty = x.shape[1], None
         weights = Weights(self.qkv.weight, self.output_projection.weight, self.inner.weight, self.outer.weight)
-        # The query rows of both weights are not needed for the memory.
-        rows = slice(self.config.d_heads, None)
-        earlier = linear(self._pre(self.attention_norm, memory.z), weights.qkv[rows])
-        if self.injection is not None:
-            earlier = earlier + linear(memory.x, self.injection.weight[rows])
-        memory_key, memory_value = (self._split_heads(part) for part in earlier.chunk(2, dim=-1))
+        if not isinstance(memory, KeyValues):
+            memory = memory or Memory(x[:, :0], x[:, :0])
+            memory_key, memory_value = self._keys_and_values(memory.x, memory.z, weights.qkv)
+        elif num_queries == 1 and not self.training:
+            return self._inject_one(x, memory, weights)
+        else:
+            memory_key, memory_value, empty = memory.key, memory.value, memory.mask(num_queries=num_queries)
+        num_keys = memory_key.shape[2] + num_queries
         masks, value_mask = self._masks(x, num_keys)
         if value_mask is not None:
             memory_value = memory_value * value_mask[:, :, : memory_value.shape[2]]
-        position = self.position(sinusoidal_positions(num_keys, d_model, like=x))
+        mask = causal_mask(num_queries, num_keys, window=self.config.window, like=x)
         return TransformerInjection(
             None if self.injection is None else self.injection(x),
             memory_key,
             memory_value,
-            position.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1),  # (H, S, K)
-            causal_mask(num_queries, num_keys, window=self.config.window, like=x),
+            self._position_keys(num_keys, like=x),
+            mask if empty is None else mask + empty,  # (B, 1, T, S)
             weights,
             masks,
         )
 
-    def forward(self, z: Tensor, injection: TransformerInjection) -> Tensor:
+    def forward(self, z: Tensor, injection: TransformerInjection | StepInjection) -> Tensor:
         weights, masks = injection.weights, injection.dropped
         attended = linear(self._attend(z, injection), weights.output)
         h = self._post(self.attention_norm, z + _drop(attended, masks.attended))  # (B, T, D)
@@ -217,10 +243,21 @@ class TransformerCell(SequenceCell):
         """The state itself."""
         return z
 
-    def extend_memory(self, memory: Memory | None, x: Tensor, z: Tensor, *, length: int | None = None) -> Memory | None:
-        """The last `length` positions of the memory and this segment, or those that `window` sees; None for none."""
-        if self.config.window is not None:
-            length = self.config.window - 1 if length is None else min(length, self.config.window - 1)
+    def extend_memory(
+        self, memory: Memory | KeyValues | None, x: Tensor, z: Tensor, *, length: int | None = None
+    ) -> Memory | KeyValues | None:
+        """The last `length` positions of the memory and this segment, or those that `window` sees; None for none.
+
+        `KeyValues` stay what they are, and keep as many positions as they were started for.
+        """
+        if isinstance(memory, KeyValues):
+            length = self._visible(None if length is None else memory.limit)
+            key, value = self._keys_and_values(x, z, self.qkv.weight)
+            positions, num_keys = memory.positions, memory.length + x.shape[1] + 1  # with the next position
+            if positions.capacity < num_keys:
+                positions = self._position_table(max(num_keys, 2 * positions.capacity), like=x)
+            return memory.extended(key, value, x, z, length=length, positions=positions)
+        length = self._visible(length)
         if length == 0:
             return None
         if self.injection is None:
@@ -230,10 +267,53 @@ class TransformerCell(SequenceCell):
         last = slice(None if length is None else -length, None)
         return Memory(x[:, last], z[:, last])
 
-    def _attend(self, z: Tensor, injection: TransformerInjection) -> Tensor:
+    def _visible(self, length: int | None) -> int | None:
+        """So many earlier positions, or as many as `window` sees where those are fewer; None for all."""
+        seen = None if self.config.window is None else self.config.window - 1
+        return min((count for count in (length, seen) if count is not None), default=None)
+
+    def _inject_one(self, x: Tensor, memory: KeyValues, weights: Weights) -> StepInjection:
+        assert self.injection is not None
+        num_keys, positions, empty = memory.length + 1, memory.positions, memory.mask(num_queries=1)
+        bias = positions.bias[:, :, -num_keys:]  # (H, 1, S)
+        bias = (bias if empty is None else bias + empty).expand(len(x), -1, -1, -1).flatten(0, 1)  # (B H, 1, S)
+        earlier_bias, own_bias = bias.split([memory.length, 1], dim=2)
+        return StepInjection(
+            self.injection(x) + positions.own,
+            (memory.key + positions.key[:, -num_keys:-1]).flatten(0, 1),  # (B H, M, K)
+            memory.value.flatten(0, 1),  # (B H, M, K)
+            earlier_bias,
+            own_bias,
+            weights,
+            Masks(None, None, None, None),
+        )
+
+    def _keys_and_values(self, x: Tensor, z: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of positions with inputs `x` and states `z`, `(B, H, M, K)` each."""
+        rows = slice(self.config.d_heads, None)  # those for queries are not needed
+        both = linear(self._pre(self.attention_norm, z), qkv[rows])
+        if self.injection is not None:
+            both = both + linear(x, self.injection.weight[rows])
+        key, value = (self._split_heads(part) for part in both.chunk(2, dim=-1))
+        return key, value
+
+    def _position_keys(self, num_positions: int, *, like: Tensor) -> Tensor:
+        """Keys of the distances `num_positions - 1 ... 0`, `(H, S, K)`."""
+        keys = self.position(sinusoidal_positions(num_positions, self.config.d_model, like=like))
+        return keys.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)  # (H, S, K)
+
+    def _position_table(self, capacity: int, *, like: Tensor) -> PositionKeys:
+        key = self._position_keys(capacity, like=like).contiguous()
+        bias = ((self.position_bias - self.content_bias) * key).sum(dim=2) * key.shape[2] ** -0.5
+        own = torch.stack([self.content_bias.squeeze(1), key[:, -1], torch.zeros_like(key[:, -1])])  # (3, H, K)
+        return PositionKeys(key, bias.unsqueeze(1), own.flatten())
+
+    def _attend(self, z: Tensor, injection: TransformerInjection | StepInjection) -> Tensor:
         qkv = linear(self._pre(self.attention_norm, z), injection.weights.qkv)
         if injection.qkv is not None:
             qkv = qkv + injection.qkv
+        if isinstance(injection, StepInjection):
+            return self._attend_from_one(qkv, injection)
         query, key, value = (self._split_heads(part) for part in qkv.chunk(3, dim=-1))
         attended = relative_attention(
             query,
@@ -245,6 +325,17 @@ class TransformerCell(SequenceCell):
             mask=injection.mask,
         )
         return attended.transpose(1, 2).flatten(2)  # (B, T, H K)
+
+    def _attend_from_one(self, qkv: Tensor, injection: StepInjection) -> Tensor:
+        qkv = qkv.view(len(qkv), 3, self.config.num_heads, 1, -1).transpose(0, 1).flatten(1, 2)  # (3, B H, 1, K)
+        attended = single_query_attention(
+            *qkv.unbind(0),
+            earlier_key=injection.earlier_key,
+            earlier_value=injection.earlier_value,
+            earlier_bias=injection.earlier_bias,
+            bias=injection.bias,
+        )
+        return attended.view(-1, 1, self.config.d_heads)  # (B, 1, H K)
 
     def _masks(self, x: Tensor, num_keys: int) -> tuple[Masks, Tensor | None]:
         value = None
@@ -267,7 +358,8 @@ class TransformerCell(SequenceCell):
         return norm(h) if self.config.norm == "post" else h
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)  # (B, H, T, K)
+        heads = self.config.num_heads
+        return x.view(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)  # (B, H, T, K)
 
 
 def _drop(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,7 +2,13 @@
 
 from deepeq.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, VocabularyConfig
 from deepeq.nn.dropout import VariationalDropout, WeightDropout, regularize_weight, variational_mask
-from deepeq.nn.relative_attention import causal_mask, relative_attention, relative_shift, sinusoidal_positions
+from deepeq.nn.relative_attention import (
+    causal_mask,
+    relative_attention,
+    relative_shift,
+    single_query_attention,
+    sinusoidal_positions,
+)
 
 __all__ = [
     "AdaptiveEmbedding",
@@ -14,6 +20,7 @@ __all__ = [
     "regularize_weight",
     "relative_attention",
     "relative_shift",
+    "single_query_attention",
     "sinusoidal_positions",
     "variational_mask",
 ]

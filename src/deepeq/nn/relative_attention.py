@@ -70,3 +70,35 @@ def relative_attention(
     by_distance = ((query + position_bias) * scale) @ position.mT  # (B, H, T, S)
     bias = relative_shift(by_distance) + mask
     return scaled_dot_product_attention(query + content_bias, key, value, attn_mask=bias)
+
+
+def single_query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    earlier_key: Tensor,
+    earlier_value: Tensor,
+    earlier_bias: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Attention of one query over M earlier positions and its own, with logits `q . k_j / sqrt(K) + b_j`.
+
+    With `q = q_i + u`, `k_j + r_{i-j}` for the key and `b_j = (v - u) . r_{i-j} / sqrt(K)` it is `relative_attention`
+    of its last query, in half as many operations. Earlier keys and values are not joined with those of the query's
+    position, which would copy all of them in every evaluation of a map. Shapes, with N = B H:
+
+    Args:
+        query: `(N, 1, K)`.
+        key: Of the query's position, `(N, 1, K)`.
+        value: Of the query's position, `(N, 1, K)`.
+        earlier_key: `(N, M, K)`.
+        earlier_value: `(N, M, K)`.
+        earlier_bias: `(N, 1, M)`.
+        bias: Of the query's position, `(N, 1, 1)`.
+    """
+    scale = query.shape[-1] ** -0.5
+    earlier = torch.baddbmm(earlier_bias, query, earlier_key.mT, alpha=scale)  # (N, 1, M)
+    own = torch.baddbmm(bias, query, key.mT, alpha=scale)  # (N, 1, 1)
+    earlier, own = torch.cat([earlier, own], dim=2).softmax(dim=2).split([earlier.shape[2], 1], dim=2)
+    return torch.baddbmm(own * value, earlier, earlier_value)  # (N, 1, K)
