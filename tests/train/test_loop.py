@@ -399,3 +399,8 @@ def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
         total -= float(picked.sum().detach())
     assert values["num_tokens"] == sum(targets.numel() for _, targets in stream)
     assert values["nll"] == pytest.approx(total / values["num_tokens"], rel=1e-5)
+
+
+def test_training_leaves_the_arithmetic_of_the_process_as_it_was(config: RunConfig) -> None:
+    train(with_train(config, steps=1))
+    assert torch.tensor(1e-40) * 1.0 > 0

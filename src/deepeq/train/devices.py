@@ -70,6 +70,20 @@ def _shard(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
     return model
 
 
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Take floats too small to be normal for zero, on the CPU.
+
+    Saturated softmaxes give such gradients, which made products four times slower.
+    """
+    before = bool(torch.tensor(1e-40) * 1.0 == 0.0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a part of the parameters only."""
     return isinstance(model, FSDPModule)

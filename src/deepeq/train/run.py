@@ -13,7 +13,7 @@ from deepeq.data import CopyMemory, copy_memory_baseline, unigram_bits
 from deepeq.data.files import write_atomically
 from deepeq.models import LanguageModel
 from deepeq.train.config import RunConfig
-from deepeq.train.devices import make_fabric
+from deepeq.train.devices import flushed_denormals, make_fabric
 from deepeq.train.figures import plot_run
 from deepeq.train.folder import Resume, RunFolder
 from deepeq.train.generation import generate
@@ -35,8 +35,11 @@ def train(config: RunConfig, *, resume: Resume = "no") -> dict[str, Any] | None:
         TrainingError: the loss or the gradient became non-finite; the parameters of the step before are untouched.
         Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
     """
-    # Saturated softmaxes give gradients too small for normal floats, which made products on a CPU four times slower.
-    torch.set_flush_denormal(True)
+    with flushed_denormals():
+        return _train(config, resume)
+
+
+def _train(config: RunConfig, resume: Resume) -> dict[str, Any] | None:
     fabric = make_fabric(config.train)
     # One process chooses the folder, whose name has the time in it, and keeps others out.
     folder = RunFolder.of(config, resume) if fabric.is_global_zero else None
