@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
         return _COMMANDS[parsed.subcommand](parsed[parsed.subcommand]) or 0
-    except (TrainingError, ConvergenceError, FloatingPointError, MemoryError) as error:
+    except (TrainingError, ConvergenceError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         return _fail(1, error)
     except (ValueError, OSError) as error:
         return _fail(2, error)

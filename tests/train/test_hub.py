@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, Solver, Subsequences
+from deepeq import Anderson, Broyden, FixedPointIteration, Solver, Subsequences
 from deepeq.cli import _parser, main
 from deepeq.data import CopyMemoryConfig, DataConfig, Vocabulary
 from deepeq.models import LanguageModel, ModelConfig, RecurrentConfig, TCNConfig, TransformerConfig, TrellisConfig
@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[ModelConfig, Solver | None]] = {
     "transformer": (ModelConfig(layer=TRANSFORMER, input_dropout=0.1), Broyden(rtol=1e-8, line_search_steps=2)),
     "adaptive": (ModelConfig(layer=TRANSFORMER, vocabulary=WORDS), Anderson(ridge=1e-6, damping=0.1)),
     "trellis": (ModelConfig(layer=TRELLIS), FixedPointIteration(damping=0.5, max_steps=200)),
-    "linear solver": (ModelConfig(layer=TRELLIS), GMRES(restart=3, max_steps=5)),
+    "few steps": (ModelConfig(layer=TRELLIS), Broyden(history_size=3, damping=0.1, max_steps=5)),
     "tied": (ModelConfig(layer=TRELLIS, depth=4, auxiliary_every=2), None),
     "untied": (ModelConfig(layer=TRANSFORMER, depth=2, tied=False, checkpoint=True), None),
     "tcn": (ModelConfig(layer=TCNConfig(d_input=4, d_hidden=4, kernel_size=2), depth=2, tied=False), None),

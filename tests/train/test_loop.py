@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepeq import Broyden
 from deepeq.cli import main
 from deepeq.data import CopyMemoryConfig, DataConfig
 from deepeq.models import RecurrentConfig, TCNConfig, TrellisConfig
@@ -110,7 +111,7 @@ def test_non_finite_value_stops_before_the_optimizer(
     trainer.warm_up_steps = 0
     before = [p.detach().clone() for p in trainer.model.parameters()]
     if where == "loss":
-        monkeypatch.setattr(AdaptiveSoftmax, "nll", lambda self, hidden, targets: hidden.sum() * math.nan)
+        monkeypatch.setattr(AdaptiveSoftmax, "nll", lambda self, hidden, targets: hidden.sum(dim=2) * math.nan)
     elif where == "gradient":
         trainer.model.embedding.tables[0].register_hook(lambda gradient: gradient * math.inf)
     else:
@@ -169,6 +170,29 @@ def test_damaged_checkpoint_is_one_sentence_and_the_one_before_goes_on(
     newest.unlink()
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["test_bits_per_character"] == result["test_bits_per_character"]
+
+
+def test_resuming_tells_what_has_changed_and_refuses_what_cannot(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(with_train(config, steps=4))
+    with pytest.raises(ValueError, match=r"another optimizer.name; start a new run"):
+        train(replace(config, optimizer=replace(config.optimizer, name="sgd")), resume="yes")
+    capsys.readouterr()
+    train(replace(config, optimizer=replace(config.optimizer, lr=1e-3)), resume="yes")
+    assert "goes on with another optimizer.lr, train.steps" in capsys.readouterr().err
+
+
+def test_run_in_float64_is_loaded_and_evaluated_in_float64(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = replace(config.equilibrium, evaluation=Broyden(rtol=1e-10, max_steps=100))
+    result = train(with_train(replace(config, equilibrium=exact), precision="64-true", steps=1))
+    capsys.readouterr()
+    assert main(["eval", "--run", str(config.run.dir)]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["bits_per_character"] == pytest.approx(result["test_bits_per_character"], rel=1e-12)
+    assert values["forward_unconverged"] == result["test_unconverged"]
 
 
 @pytest.mark.parametrize("part", ["model", "train", "text", "steps"])

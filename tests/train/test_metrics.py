@@ -24,6 +24,14 @@ def test_means_are_weighted_and_maxima_kept() -> None:
     assert averages.compute() == pytest.approx({"nll": 2.0, "residual": 7.0})
 
 
+def test_restored_averages_go_on_exactly() -> None:
+    averages, other = Averages(), Averages()
+    averages.add("nll", torch.tensor(0.1), 3)
+    averages.add_max("residual", torch.tensor(0.1, dtype=torch.float64) / 3)
+    other.restore(json.loads(json.dumps(averages.state())))
+    assert other.compute() == averages.compute()
+
+
 def test_resumed_file_drops_the_lines_past_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, step=0)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from deepeq.models import MEMORY_TYPES
-from deepeq.train.storage import Stored, open_stored, write_file, write_folder
+from deepeq.train.storage import DamagedError, Stored, open_stored, write_file, write_folder
 
 FORMAT = "deepeq-checkpoint-3"
 
@@ -65,8 +65,13 @@ def save_checkpoint(
         assert fabric is not None
         write_folder(path, tensors, metadata, fabric)
         return
-    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
-    if fabric is None or fabric.is_global_zero:
+    first = fabric is None or fabric.is_global_zero
+    whole = {}
+    for name, value in tensors.items():  # one at a time: a device may have no room for all that is sharded
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if first:
+            whole[name] = value.cpu()
+    if first:
         write_file(path, whole, metadata)
 
 
@@ -80,20 +85,30 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = 
         ValueError: it is damaged, foreign, or of another model; nothing was changed then.
     """
     stored = open_stored(path)
-    if stored.metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is no checkpoint of this version of deepeq (format {stored.metadata.get('format')!r})"
-        )
-    try:
-        content = _content(stored)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); use another checkpoint") from error
+    content = read_content(stored)
     if optimizer is not None and not content.random:
         raise ValueError(f"{path} holds no optimizer state, so training cannot go on from it; use another checkpoint")
     _load_model(stored, model)
     if optimizer is not None:
         _load_optimizer(stored, model, optimizer)
     return content
+
+
+def read_content(stored: Stored) -> Checkpoint:
+    """What a checkpoint holds besides the state of model and optimizer.
+
+    Raises:
+        ValueError: it is damaged or foreign.
+    """
+    path = stored.path
+    if stored.metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is no checkpoint of this version of deepeq (format {stored.metadata.get('format')!r})"
+        )
+    try:
+        return _content(stored)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise DamagedError(f"{path} is damaged ({error}); use another checkpoint") from error
 
 
 def random_states(fabric: Fabric) -> dict[str, Tensor]:

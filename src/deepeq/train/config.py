@@ -57,6 +57,9 @@ class EquilibriumConfig:
 
     def __post_init__(self) -> None:
         problems = []
+        for name in ("solver", "evaluation"):
+            if isinstance(getattr(self, name), GMRES):
+                problems.append(f"{name}=GMRES solves linear equations, which are those of the backward pass alone")
         if not 0.0 <= self.warm_up_share < 1.0:
             problems.append(f"warm_up_share={self.warm_up_share!r} must lie in [0, 1)")
         if self.warm_up_depth < 1:

@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed import is_torchelastic_launched
 from torch.distributed.device_mesh import DeviceMesh
@@ -37,15 +38,18 @@ def make_fabric(config: TrainConfig) -> Fabric:
     accelerator = config.accelerator
     if accelerator == "auto":  # Fabric's own choice may be a device without float64, which the solvers use
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=num_local,
-        num_nodes=num_processes // num_local,
-        strategy=_strategy(config.strategy, num_processes),
-        # Fabric has double precision for some strategies only; a model in float64 needs nothing from it.
-        precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
-    )
-    fabric.launch()
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=num_local,
+            num_nodes=num_processes // num_local,
+            strategy=_strategy(config.strategy, num_processes),
+            # Fabric has double precision for some strategies only; a model in float64 needs nothing from it.
+            precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
+        )
+        fabric.launch()
+    except MisconfigurationException as error:  # more processes than devices, for one
+        raise ValueError(f"{num_local} processes on this machine cannot be started: {error}") from error
     return fabric
 
 
@@ -106,6 +110,6 @@ def any_process(flag: bool, fabric: Fabric) -> bool:
     """Whether the flag is set in any process; all of them get the same answer."""
     if fabric.world_size == 1:
         return flag
-    total = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
-    assert isinstance(total, torch.Tensor)
+    total = torch.tensor(float(flag), device=fabric.device)
+    torch.distributed.all_reduce(total)  # without the barrier that Fabric's own would add
     return bool(total > 0)

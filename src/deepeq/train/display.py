@@ -22,12 +22,12 @@ from rich.text import Text
 class Display:
     """Progress of a number of steps, as a context manager."""
 
-    def __init__(self, num_steps: int, *, start: int = 0, enabled: bool = True) -> None:
+    def __init__(self, num_steps: int, *, enabled: bool = True) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not enabled)
         self._num_steps = num_steps
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, TextColumn("{task.description}"), console=self.console, transient=True)
-        self._task = self._progress.add_task("", total=num_steps, completed=start)
+        self._task = self._progress.add_task("", total=num_steps)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and not self.console.quiet:

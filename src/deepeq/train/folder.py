@@ -1,6 +1,7 @@
 """The files of a run folder."""
 
 import fcntl
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ from deepeq.models import LanguageModel, TiedNetwork
 from deepeq.train.checkpoint import load_checkpoint
 from deepeq.train.config import RunConfig, load_config
 from deepeq.train.cores import evaluation_core
-from deepeq.train.storage import TEMPORARY, remove
+from deepeq.train.storage import remove
 
 Resume = Literal["no", "yes", "auto"]
 """Whether a run goes on from the newest checkpoint in its folder: never, in any case, or if there is one."""
+
+
+_CHECKPOINT = re.compile(r"step-\d+(\.safetensors)?")
 
 
 class RunFolder:
@@ -54,7 +58,7 @@ class RunFolder:
     @property
     def saved(self) -> list[Path]:
         """Complete checkpoints to go on from, oldest first."""
-        return sorted(path for path in self.checkpoints.glob("step-*") if not path.name.endswith(TEMPORARY))
+        return sorted(path for path in self.checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(path.name))
 
     @property
     def last(self) -> Path | None:
@@ -82,6 +86,8 @@ class RunFolder:
         size = known_vocab_size(config.data) if vocabulary is None else len(vocabulary)
         assert size is not None
         model = LanguageModel(size, config.model)
+        if config.train.precision == "64-true":
+            model.double()
         load_checkpoint(self.best if self.best.exists() or self.last is None else self.last, model)
         if config.model.depth == 0:
             assert isinstance(model.network, TiedNetwork)

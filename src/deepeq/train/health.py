@@ -3,7 +3,6 @@
 import math
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
-from statistics import median
 from typing import Any, Literal
 
 UNCONVERGED_SHARE = 0.1
@@ -93,7 +92,9 @@ def _medians(values: Sequence[float]) -> Iterator[float]:
     """The median of the values before each one; infinite while they are too few."""
     earlier: list[float] = []
     for value in values:
-        yield median(earlier) if len(earlier) >= MIN_ROWS else math.inf
+        count = len(earlier)
+        # Of a sorted list: statistics.median would sort it again at every row.
+        yield (earlier[(count - 1) // 2] + earlier[count // 2]) / 2 if count >= MIN_ROWS else math.inf
         insort(earlier, value)
 
 

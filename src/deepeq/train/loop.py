@@ -3,7 +3,6 @@
 import math
 import shlex
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,14 @@ from lightning.fabric import Fabric
 
 from deepeq.data import SPLITS, Batches, Split, load_corpus
 from deepeq.models import LanguageModel, TiedNetwork
-from deepeq.train.checkpoint import Checkpoint, load_checkpoint, random_states, save_checkpoint, set_random_states
+from deepeq.train.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    random_states,
+    read_content,
+    save_checkpoint,
+    set_random_states,
+)
 from deepeq.train.config import RunConfig, load_config, plain, save_config
 from deepeq.train.cores import Cores
 from deepeq.train.devices import any_process, is_sharded, make_fabric
@@ -24,9 +30,20 @@ from deepeq.train.metrics import Averages, MetricsFile, describe, peak_memory_mb
 from deepeq.train.optimizer import scheduled_solver
 from deepeq.train.signals import stop_on_signal
 from deepeq.train.step import Step, TrainingError
-from deepeq.train.storage import remove_temporary
+from deepeq.train.storage import DamagedError, open_stored, remove_temporary
 
 __all__ = ["Interrupted", "Trainer", "TrainingError"]
+
+
+_FIXED = (
+    "equilibrium.warm_up_share",
+    "optimizer.name",
+    "train.batch_size",
+    "train.segment_len",
+    "train.seed",
+    "train.precision",
+)
+"""Fields, besides those of the model, that a run keeps when it is resumed."""
 
 
 class Interrupted(Exception):
@@ -65,6 +82,7 @@ class Trainer:
 
         self.step, self.seconds, self.best_nll = 0, 0.0, math.inf
         self.validations: list[float] = []
+        self.display = Display(config.train.steps, enabled=fabric.is_global_zero)
         if resume:
             self._resume()
         if fabric.is_global_zero:
@@ -75,7 +93,6 @@ class Trainer:
                 self.corpus.vocabulary.save(folder.vocabulary)
         self.metrics = MetricsFile(folder.metrics, step=self.step, enabled=fabric.is_global_zero)
         self.loggers = make_loggers(config, folder.path, self.step) if fabric.is_global_zero else []
-        self.display = Display(config.train.steps, start=self.step, enabled=fabric.is_global_zero)
 
     def fit(self) -> None:
         """Train to the last step.
@@ -86,6 +103,7 @@ class Trainer:
         """
         train, start = self.config.train, time.perf_counter() - self.seconds
         with self.display, quiet_writers(), stop_on_signal() as signals:
+            self.display.step(self.step)
             self.display.say(self._headline())
             if self.step == 0:
                 self._save()  # so that a run killed early can go on
@@ -195,32 +213,40 @@ class Trainer:
         self.fabric.barrier()
 
     def _resume(self) -> None:
-        path, before, now = self.folder.last, load_config(self.folder.config, complete=True), self.config
+        path, now = self.folder.last, self.config
         assert path is not None
-        changed = [f"model.{name}" for name, value in vars(now.model).items() if value != getattr(before.model, name)]
-        for name in ("batch_size", "segment_len", "seed", "precision"):
-            if getattr(now.train, name) != getattr(before.train, name):
-                changed.append(f"train.{name}")
-        if changed:
-            raise ValueError(f"{self.folder.path} was trained with another {', '.join(changed)}; start a new run")
+        self._check_changes()
         try:
-            content = load_checkpoint(path, self.model, self._step.optimizer)
-        except ValueError as error:
-            raise ValueError(f"{error}{self._other_checkpoint(path)}") from error
-        progress = content.progress
+            progress = read_content(open_stored(path)).progress
+        except DamagedError as error:
+            older = self.folder.saved[:-1]
+            hint = f"; delete it to go on from {older[-1].name}" if older else ""
+            raise ValueError(f"{error}{hint}") from error
         if progress["text"] != self.corpus.fingerprint:
             raise ValueError(f"the text of {self.folder.path} has changed since its checkpoint; start a new run")
         if progress["step"] > now.train.steps:
             raise ValueError(f"{self.folder.path} is at step {progress['step']}, past train.steps={now.train.steps}")
+        content = load_checkpoint(path, self.model, self._step.optimizer)
         self.step, self.seconds, self.best_nll = progress["step"], progress["seconds"], progress["best_nll"]
         self.validations = progress["validations"]
         self.averages.restore(progress["averages"])
         self._step.restore_memory(content.memory)
-        set_random_states(content.random, self.fabric)
+        if not set_random_states(content.random, self.fabric):
+            self.display.say("another number of processes than before: dropout masks are drawn anew")
 
-    def _other_checkpoint(self, path: Path) -> str:
-        older = [other for other in self.folder.saved if other < path]
-        return f"; delete it to go on from {older[-1].name}" if older else ""
+    def _check_changes(self) -> None:
+        """Refuse a configuration that cannot go on with the run, and tell what else has changed."""
+        before = plain(load_config(self.folder.config, complete=True))
+        parts = ("data", "model", "equilibrium", "optimizer", "train")
+        now = plain(self.config)
+        changed = [
+            f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != before[part].get(name)
+        ]
+        fixed = [name for name in changed if name.startswith("model.") or name in _FIXED]
+        if fixed:
+            raise ValueError(f"{self.folder.path} was trained with another {', '.join(fixed)}; start a new run")
+        if changed:
+            self.display.say(f"goes on with another {', '.join(changed)}")
 
     def _batches(self, split: Split, *, whole: bool = False) -> Batches:
         """The share of this process in a split, or the whole of it."""

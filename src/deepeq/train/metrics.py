@@ -28,7 +28,7 @@ class Averages:
     """Running weighted means and maxima; they stay on the device until they are asked for.
 
     With a Fabric they are those of all its processes together, which have to add the same names and to ask at the same
-    time.
+    time. Weights are counts of tokens or rows, so that a mean does not depend on how a batch is dealt out.
     """
 
     def __init__(self, fabric: Fabric | None = None) -> None:
@@ -51,7 +51,7 @@ class Averages:
         own = self._fabric is None or self._fabric.is_global_zero
         for name, (total, weight) in state["sums"].items():
             self._sums[name] = (torch.tensor(total if own else 0.0, dtype=torch.float64), weight if own else 0.0)
-        self._maxima = {name: torch.tensor(value) for name, value in state["maxima"].items()}
+        self._maxima = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["maxima"].items()}
 
     def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
         """Count a scalar with a weight."""
@@ -67,9 +67,10 @@ class Averages:
 
     def add_solution(self, prefix: str, solution: Solution) -> None:
         """Count the mean steps, the worst residual and the share of unconverged samples of a solve."""
-        self.add(f"{prefix}_steps", solution.num_steps.double().mean())
+        num_rows = len(solution.num_steps)
+        self.add(f"{prefix}_steps", solution.num_steps.double().mean(), num_rows)
         self.add_max(f"{prefix}_residual", solution.residual.max())
-        self.add(f"{prefix}_unconverged", (~solution.converged).double().mean())
+        self.add(f"{prefix}_unconverged", (~solution.converged).double().mean(), num_rows)
 
     def compute(self) -> dict[str, float]:
         """All of them by name."""

@@ -53,6 +53,8 @@ def _train(config: RunConfig, resume: Resume) -> dict[str, Any] | None:
         try:
             trainer.fit()
             result = _finish(trainer)
+            with fabric.rank_zero_first():
+                pass  # the others wait: one that left while the first still writes could take it down with it
             status = "success"
         finally:
             for logger in trainer.loggers:
@@ -68,7 +70,8 @@ def _finish(trainer: Trainer) -> dict[str, Any] | None:
     result = _result(trainer, values)
     if not trainer.fabric.is_global_zero:
         return None
-    _write_sample(trainer, trainer.folder.load_model()[2])  # whole, where the trainer's may be sharded
+    model = trainer.folder.load_model()[2].to(trainer.fabric.device)  # whole, where the trainer's may be sharded
+    _write_sample(trainer, model)
     plot_run(trainer.folder.path)
     write_atomically(trainer.folder.result, json.dumps(result, indent=1) + "\n")
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}

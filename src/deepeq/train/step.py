@@ -46,7 +46,13 @@ class Step:
         self._model, self._config, self._fabric, self._averages = model, config, fabric, averages
         self._first, self._count = fabric.global_rank * config.train.accumulate, config.train.accumulate
         self._num_parts = fabric.world_size * config.train.accumulate  # of all processes
-        self._parts = [batches.shard(self._first + index, self._num_parts) for index in range(self._count)]
+        try:
+            self._parts = [batches.shard(self._first + index, self._num_parts) for index in range(self._count)]
+        except ValueError as error:
+            raise ValueError(
+                f"the rows of a training batch cannot be dealt out to {fabric.world_size} processes with "
+                f"train.accumulate={self._count}: {error}"
+            ) from error
         self._memories: list[Any] = [None] * self._count
         self._forward = fabric.setup_module(model)
         # After the set-up, which may put shards in the place of the parameters.
@@ -77,7 +83,7 @@ class Step:
         Raises:
             TrainingError: the loss or the gradient is not finite; the parameters are as before.
         """
-        num_steps, num_tokens = self._config.train.steps, 0
+        num_steps, num_rows, num_tokens = self._config.train.steps, 0, 0
         epoch, position = divmod(step, self._parts[0].num_segments)
         if position == 0 or not self._parts[0].continuous:
             self._memories = [None] * self._count
@@ -91,13 +97,13 @@ class Step:
             # Gradients travel between processes once, with the last part.
             with self._fabric.no_backward_sync(self._forward, enabled=index + 1 < self._count):
                 self._backward(index, step, tokens, targets, weight)
-            num_tokens += targets.numel()
+            num_rows, num_tokens = num_rows + len(targets), num_tokens + targets.numel()
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.max_gradient_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not bool(torch.isfinite(norm)):
             raise self._error(step, f"the norm of the gradient is {float(norm)}")
         self._wrapped_optimizer.step()
-        self._averages.add("gradient_norm", norm)
+        self._averages.add("gradient_norm", norm, num_rows)
         return num_tokens * self._fabric.world_size
 
     def _backward(self, index: int, step: int, tokens: Tensor, targets: Tensor, weight: float) -> None:
@@ -129,12 +135,12 @@ class Step:
         assert output.nll is not None
         nll = output.nll.mean()
         self._averages.add("nll", nll, output.nll.numel())
-        loss = nll
+        loss, num_rows = nll, len(output.nll)
         if output.jacobian_penalty is not None:
-            self._averages.add("jacobian_penalty", output.jacobian_penalty)
+            self._averages.add("jacobian_penalty", output.jacobian_penalty, num_rows)
             loss = loss + weight * output.jacobian_penalty
         if output.auxiliary_nll is not None:
-            self._averages.add("auxiliary_nll", output.auxiliary_nll)
+            self._averages.add("auxiliary_nll", output.auxiliary_nll, num_rows)
             loss = loss + self._config.model.auxiliary_weight * output.auxiliary_nll
         if output.solution is not None and not self._config.model.depth:
             self._averages.add_solution("forward", output.solution)

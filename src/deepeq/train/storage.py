@@ -24,12 +24,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from deepeq.data.files import write_atomically
+from deepeq.data.files import sha256_of, write_atomically
 
 TEMPORARY = ".tmp"
 """Suffix of what is not complete."""
 
 _MANIFEST = "manifest.json"
+
+
+class DamagedError(ValueError):
+    """A file or folder is not what was written."""
 
 
 class Stored(NamedTuple):
@@ -90,8 +94,13 @@ def write_folder(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
     except CheckpointException as error:
+        if fabric.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{path} cannot be written: {next(iter(error.failures.values()))[0]}") from error
-    own = {file.name: _file_digest(file) for file in temporary.glob(f"shard-{fabric.global_rank + 1:05d}-*")}
+    files = list(temporary.glob(f"shard-{fabric.global_rank + 1:05d}-*"))
+    for file in files:
+        _synchronize(file)
+    own = {file.name: sha256_of(file) for file in files}
     digests: list[dict[str, str]] = [{}] * fabric.world_size
     dist.all_gather_object(digests, own)
     if fabric.is_global_zero:
@@ -107,14 +116,14 @@ def open_stored(path: Path) -> Stored:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or no such file.
+        DamagedError: it is damaged, or no such file.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; has the run saved a checkpoint yet?")
     try:
         return _open_folder(path) if path.is_dir() else _open_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or is no checkpoint ({error}); use another checkpoint") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged or is no checkpoint ({error}); use another checkpoint") from error
 
 
 def remove(path: Path) -> None:
@@ -151,7 +160,7 @@ def _open_folder(path: Path) -> Stored:
     if content.pop("sha256") != _json_digest(content):
         raise ValueError(f"the checksum of {_MANIFEST} is another")
     for name, digest in content["files"].items():
-        if _file_digest(path / name) != digest:
+        if sha256_of(path / name) != digest:
             raise ValueError(f"the checksum of {name} is another")
     held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     tensors = {
@@ -169,11 +178,6 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json_digest(content: object) -> str:
