@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _report import processor
 
 from deepeq.data import Corpus, DataConfig, load_corpus
 
@@ -115,14 +116,6 @@ def measure(folder: Path) -> dict[str, object]:
         "peak_rss_mib_after_preparing": peak_prepared,
         "peak_rss_mib": peak_rss_mib(),
     }
-
-
-def processor() -> str:
-    """The name and number of the processors."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} x {len(names)}" if names else platform.processor()
 
 
 def main() -> None:

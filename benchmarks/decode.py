@@ -23,7 +23,7 @@ from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
-from data_pipeline import processor
+from _report import processor
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.utils import parametrize

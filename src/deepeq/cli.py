@@ -196,7 +196,7 @@ def _print_text(vocabulary: Vocabulary, prompt: str, tokens: Iterable[int]) -> N
 
 def _bench(arguments: Namespace) -> int:
     folder = Path(__file__).parents[2] / "benchmarks"
-    names = sorted(path.stem for path in folder.glob("*.py"))
+    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
     name = arguments.name.replace("-", "_")
     if not names:
         raise ValueError(f"there is no folder {folder}: benchmarks need a checkout of the source, installed with -e")

@@ -134,6 +134,12 @@ def test_options_of_the_default_schedule_do_not_leak_into_another_class(tmp_path
     assert load_config(path).optimizer.schedule == Cosine(end=0.05)
 
 
+def test_options_of_the_default_layer_do_not_leak_into_another_class(tmp_path: Path) -> None:
+    recipe = tmp_path / "trellis.yaml"
+    recipe.write_text("model: {layer: {class_path: deepeq.models.TrellisConfig, init_args: {d_hidden: 192}}}\n")
+    assert load_config(recipe).model.layer == TrellisConfig(d_hidden=192)  # normalizes weights, the default does not
+
+
 def test_schedules_are_chosen_on_the_command_line() -> None:
     parsed = _parser().parse_args(
         [

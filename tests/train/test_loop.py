@@ -257,6 +257,7 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         "backward": {"backward": replace(backward, max_steps=2)},
         "warm_up_share": {"warm_up_share": 0.0},
         "warm_up_depth": {"warm_up_depth": 2},
+        "warm_up_depth_schedule": {"warm_up_depth_schedule": Linear(end=2.0)},
         "jacobian_weight": {"jacobian_weight": 0.0},
         "jacobian_share": {"jacobian_share": 1.0},
         "jacobian_schedule": {"jacobian_schedule": Linear(end=5.0)},

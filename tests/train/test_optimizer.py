@@ -1,6 +1,7 @@
 """The optimizer's groups, and what a step takes from the schedules."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from deepeq import Anderson, Broyden
 from deepeq.models import LanguageModel, ModelConfig, TransformerConfig
 from deepeq.train import Cosine, Drops, Geometric, Linear, Plateau
 from deepeq.train.config import EquilibriumConfig, OptimizerConfig
-from deepeq.train.optimizer import jacobian_weight, learning_rate, make_optimizer, scheduled_solver
+from deepeq.train.optimizer import (
+    jacobian_weight,
+    learning_rate,
+    make_optimizer,
+    scheduled_depth,
+    scheduled_solver,
+)
 
 
 def test_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
@@ -109,6 +116,19 @@ def test_step_limit_ignores_the_rounding_of_a_factor() -> None:
         solver=Anderson(max_steps=1000), warm_up_share=0.0, step_limit_schedule=Drops(at=(0.1, 0.2))
     )
     assert scheduled_solver(config, 9, 10).max_steps == 10
+
+
+def test_stack_of_the_warm_up_grows_to_its_last_step() -> None:
+    config = EquilibriumConfig(warm_up_share=0.5, warm_up_depth=2, warm_up_depth_schedule=Linear(end=3.0))
+    assert [scheduled_depth(config, step, 10) for step in range(5)] == [2, 3, 4, 5, 6]
+    steps = replace(config, warm_up_depth_schedule=Drops(at=(0.5,), multiplier=1.5))
+    assert [scheduled_depth(steps, step, 10) for step in range(5)] == [2, 2, 3, 3, 3]
+    assert scheduled_depth(replace(config, warm_up_depth_schedule=None), 4, 10) == 2
+
+
+def test_growing_stack_needs_steps_to_grow_in() -> None:
+    with pytest.raises(ValueError, match="needs a warm_up_share above 0"):
+        EquilibriumConfig(warm_up_share=0.0, warm_up_depth_schedule=Linear(end=3.0))
 
 
 def test_solver_without_a_schedule_is_the_one_of_the_configuration() -> None:

@@ -140,9 +140,10 @@ class TrellisCell(SequenceCell):
         self, memory: TrellisMemory | None, x: Tensor, z: State, *, length: int | None = None
     ) -> TrellisMemory:
         """The last `(k - 1) s` positions; a `length` changes nothing, since the convolutions see no further."""
-        earlier = memory or self._zeros(x)
-        kept = (torch.cat(parts, dim=1)[:, -self.history_len :] for parts in zip(earlier, (x, *z), strict=True))
-        return TrellisMemory(*kept)
+        earlier, last = memory or self._zeros(x), slice(-self.history_len, None)
+        # Cut before joining: a view would keep the storage of a whole segment.
+        pairs = zip(earlier, (x, *z), strict=True)
+        return TrellisMemory(*(torch.cat([old[:, last], new[:, last]], dim=1)[:, last] for old, new in pairs))
 
     def _zeros(self, x: Tensor) -> TrellisMemory:
         h = x.new_zeros(x.shape[0], self.history_len, self.config.d_hidden)

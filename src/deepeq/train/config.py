@@ -41,6 +41,9 @@ class EquilibriumConfig:
     """Share of the steps that train a shallow stack of the cell first (Bai et al. 2019, appendix E); in [0, 1)."""
     warm_up_depth: int = 3
     """Depth of that stack, in layers."""
+    warm_up_depth_schedule: Schedule | None = None
+    """What multiplies `warm_up_depth` from the first step to the last one of the stack, rounded up: a stack that grows
+    comes close to its equilibrium; None for nothing."""
     subsequence_len: int | None = None
     """Solve for pieces of a segment of at most this length, one after the other (appendix E); None for one piece."""
     jacobian_weight: float = 0.0
@@ -64,6 +67,10 @@ class EquilibriumConfig:
             problems.append(f"warm_up_share={self.warm_up_share!r} must lie in [0, 1)")
         if self.warm_up_depth < 1:
             problems.append(f"warm_up_depth={self.warm_up_depth!r} must be >= 1")
+        if self.warm_up_depth_schedule is not None and not self.warm_up_share:
+            problems.append(
+                f"warm_up_depth_schedule={self.warm_up_depth_schedule!r} needs a warm_up_share above 0, steps to act in"
+            )
         if self.subsequence_len is not None and self.subsequence_len < 1:
             problems.append(f"subsequence_len={self.subsequence_len!r} must be >= 1")
         if self.subsequence_len is not None and self.jacobian_weight:
@@ -240,6 +247,8 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     """Give a parser `--config FILE` and an option for every field."""
     parser.add_argument("--config", action="config", help="a recipe, or the config.yaml of an earlier run")
     parser.add_class_arguments(RunConfig)
+    # Its default is another class than a recipe may name, and would lend that one its options.
+    parser.set_defaults({"model.layer": None})
 
 
 def run_config(values: Namespace) -> RunConfig:

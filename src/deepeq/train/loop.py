@@ -27,7 +27,7 @@ from deepeq.train.folder import RunFolder
 from deepeq.train.health import warnings
 from deepeq.train.loggers import make_loggers, quiet_writers
 from deepeq.train.metrics import Averages, MetricsFile, describe, peak_memory_mb, quality
-from deepeq.train.optimizer import scheduled_solver
+from deepeq.train.optimizer import scheduled_depth, scheduled_solver
 from deepeq.train.signals import stop_on_signal
 from deepeq.train.step import Step, TrainingError
 from deepeq.train.storage import DamagedError, open_stored, remove_temporary
@@ -159,6 +159,8 @@ class Trainer:
         if self.cores is not None:
             config, num_steps = self.config.equilibrium, self.config.train.steps
             self.cores.train.solver = scheduled_solver(config, self.step, num_steps, self.validations)
+            if self.step < self.warm_up_steps:
+                self.cores.warm_up.depth = scheduled_depth(config, self.step, num_steps, self.validations)
         return self._step.take(self.step, self.validations)
 
     def _validate(self) -> None:

@@ -64,9 +64,19 @@ def scheduled_solver(config: EquilibriumConfig, step: int, num_steps: int, valid
     first = config.warm_up_steps(num_steps)
     tolerance = _factor(config.tolerance_schedule, step, first, num_steps, validations)
     limit = _factor(config.step_limit_schedule, step, first, num_steps, validations)
-    # A factor that rounding put a hair above a whole number of steps is no step more.
-    max_steps = max(1, math.ceil(solver.max_steps * limit - 1e-9))
+    max_steps = _rounded_up(solver.max_steps * limit)
     return replace(solver, rtol=solver.rtol * tolerance, atol=solver.atol * tolerance, max_steps=max_steps)
+
+
+def scheduled_depth(config: EquilibriumConfig, step: int, num_steps: int, validations: Sequence[float] = ()) -> int:
+    """Layers of the shallow stack at a step counted from 0."""
+    last = config.warm_up_steps(num_steps)
+    return _rounded_up(config.warm_up_depth * _factor(config.warm_up_depth_schedule, step, 0, last, validations))
+
+
+def _rounded_up(count: float) -> int:
+    # A factor that rounding put a hair above a whole number is not one more.
+    return max(1, math.ceil(count - 1e-9))
 
 
 def _factor(schedule: Schedule | None, step: int, first: int, num_steps: int, validations: Sequence[float]) -> float:

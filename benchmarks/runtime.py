@@ -1,0 +1,316 @@
+"""Table 4: what do training and inference of a DEQ cost beside those of the stacks of its cell, at which perplexity?
+
+    deepeq bench runtime --out DIR [--runs DIR] [--minutes M]
+
+Trains, on Penn Treebank, small DEQs and the weight-tied stacks of the same cells with 2 to 16 layers: the same tokens
+in the same order, the same optimizer. Transformers read characters, since on words more layers do not pay within so
+few tokens; perplexities are those of a token, a character there and a word here. Then the trained networks take turns,
+in one process: inference over the validation text, and a few training steps each, several rounds. A ratio is the median
+over rounds of the time of the DEQ over that of the stack in the same round; above 1 the DEQ is slower. Steps of the DEQ
+are timed at the end of training, where its solves take longest. Inference is timed at several tolerances, each with the
+perplexity that is reached.
+
+Networks are timed with the threads that torch takes here; the seconds of the runs are those of when they were trained.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from _report import command, markdown, origin, parser, write
+from _runs import Outcome, Planned, outcomes, quality, train_all
+from matplotlib.figure import Figure
+from ptb import TRANSFORMER, TRELLISNET, small
+
+from deepeq import DEQ
+from deepeq.data import Batches, Corpus
+from deepeq.models import LanguageModel, TiedNetwork
+from deepeq.train import RunFolder, load_config
+from deepeq.train.config import RunConfig
+from deepeq.train.cores import Cores, evaluation_core
+from deepeq.train.devices import make_fabric
+from deepeq.train.evaluation import evaluate
+from deepeq.train.metrics import Averages
+from deepeq.train.metrics import quality as measured_quality
+from deepeq.train.step import Step
+
+INFERENCE_RTOL = (1e-1, 1e-2, 1e-3)
+
+
+class Family(NamedTuple):
+    """A DEQ and the stacks of its cell."""
+
+    name: str
+    label: str
+    training: tuple[str, int]  # recipe and optimizer steps
+    depths: tuple[int, ...]
+    paper: dict[str, float]  # ratios of table 4
+    options: tuple[str, ...] = ()  # of all runs
+    equilibrium: tuple[str, ...] = ()  # of the DEQ
+
+    def runs(self) -> list[Planned]:
+        stacks = [
+            small(
+                f"{self.name}_{depth}_layers", f"{self.label}, {depth} layers, tied", self.training, depth, self.options
+            )
+            for depth in self.depths
+        ]
+        options = self.options + self.equilibrium
+        return [*stacks, small(f"{self.name}_deq", f"DEQ-{self.label}", self.training, options=options)]
+
+
+def families() -> dict[str, Family]:
+    """What is compared; the characters are those of the folder ptb in the one that DEEPEQ_DATA names."""
+    folder = Path(os.environ.get("DEEPEQ_DATA", "data")) / "ptb"
+    characters = ("--data.corpus", "folder", "--data.folder", str(folder), "--data.level", "character")
+    characters += ("--model.input_dropout", "0.0", "--model.output_dropout", "0.0", "--optimizer.lr", "1e-3")
+    characters += ("--train.eval_batch_size", "64", "--train.eval_every", "1200")
+    # The shallow stack grows from 2 to 12 layers in the first half.
+    growing = ("--equilibrium.warm_up_share", "0.5", "--equilibrium.warm_up_depth", "2")
+    growing += ("--equilibrium.warm_up_depth_schedule", "deepeq.train.Geometric")
+    growing += ("--equilibrium.warm_up_depth_schedule.end", "6.0", "--equilibrium.jacobian_weight", "0.01")
+    growing += ("--equilibrium.solver.init_args.max_steps", "16")
+    return {
+        "characters": Family(
+            "characters",
+            "Transformer (characters)",
+            (TRANSFORMER[0], 1200),
+            (2, 4, 8, 16),
+            {"training": 2.82, "inference": 1.76},
+            characters,
+            growing,
+        ),
+        "trellisnet": Family(
+            "trellisnet", "TrellisNet (words)", TRELLISNET, (4, 16), {"training": 2.40, "inference": 1.64}
+        ),
+    }
+
+
+class Contestant(NamedTuple):
+    """A trained network, and what is timed of it."""
+
+    outcome: Outcome
+    config: RunConfig
+    model: LanguageModel
+    step: Step
+    averages: Averages  # of the steps
+    training_core: DEQ | None
+    inference: dict[str, DEQ | None]  # by the name of the setting
+
+    def infer(self, setting: str, batches: Batches) -> tuple[float, dict[str, Any]]:
+        """Seconds of a pass over a text, and what it measures."""
+        wear(self.model.eval(), self.inference[setting])
+        start = time.perf_counter()
+        values = evaluate(self.model, batches)
+        return time.perf_counter() - start, values
+
+    def train(self, steps: Iterable[int]) -> float:
+        """Seconds of optimizer steps."""
+        wear(self.model, self.training_core)
+        start = time.perf_counter()
+        for step in steps:
+            self.step.take(step, [])
+        return time.perf_counter() - start
+
+
+def wear(model: LanguageModel, core: DEQ | None) -> None:
+    if core is not None:
+        assert isinstance(model.network, TiedNetwork)
+        model.network.core = core
+
+
+def enter(outcome: Outcome, folder: Path, corpus: Corpus) -> Contestant:
+    """Load a trained network, ready for more steps of its training."""
+    config, _, model = RunFolder(folder / outcome.name).load_model()
+    train, averages = config.train, Averages()
+    cores = Cores.of(model, config, lambda solution: averages.add_solution("backward", solution))
+    batches = corpus.stream("train", batch_size=train.batch_size, segment_len=train.segment_len)
+    inference: dict[str, DEQ | None] = {"": None}
+    if cores is not None:
+        assert isinstance(model.network, TiedNetwork)
+        solver = config.equilibrium.evaluation
+        assert solver is not None
+        settings = {f"rtol={rtol:g}": replace(solver, rtol=rtol, atol=0.0) for rtol in INFERENCE_RTOL}
+        inference = {
+            name: evaluation_core(model.network, replace(config.equilibrium, evaluation=setting))
+            for name, setting in settings.items()
+        }
+    step = Step(model, config, batches, make_fabric(train), averages)
+    return Contestant(outcome, config, model, step, averages, cores and cores.train, inference)
+
+
+def take_turns(contestants: Sequence[Contestant], corpus: Corpus, *, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Seconds of each network in each round, a training step and a pass over the validation text."""
+    measured: list[dict[str, Any]] = [
+        {"step_seconds": [], "inference": {name: {"seconds": []} for name in contestant.inference}}
+        for contestant in contestants
+    ]
+    for turn in range(rounds):  # before training steps change the weights
+        for contestant, row in zip(contestants, measured, strict=True):
+            train = contestant.config.train
+            batches = corpus.stream("valid", batch_size=train.eval_batch_size, segment_len=train.segment_len)
+            for name, setting in row["inference"].items():
+                seconds, values = contestant.infer(name, batches)
+                setting["seconds"].append(seconds)
+                setting["perplexity"] = quality(measured_quality(corpus.level, values["nll"]))
+                setting |= {key: value for key, value in values.items() if key.startswith("forward_")}
+        print(f"runtime: inference, round {turn + 1} of {rounds}", file=sys.stderr)
+    for turn in range(rounds + 1):
+        for contestant, row in zip(contestants, measured, strict=True):
+            # The last steps of the run once more, at the learning rate of its end.
+            first = contestant.config.train.steps - (rounds + 1 - turn) * steps
+            seconds = contestant.train(range(first, first + steps))
+            if turn:  # the first round warms up
+                row["step_seconds"].append(seconds / steps)
+    for contestant, row in zip(contestants, measured, strict=True):
+        solves = {key: value for key, value in contestant.averages.compute().items() if "ward_" in key}
+        row["solves"] = solves
+    return measured
+
+
+def report(plan: Family, contestants: Sequence[Contestant], measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The curve of perplexity against time, and the ratios of table 4."""
+    networks = []
+    for contestant, row in zip(contestants, measured, strict=True):
+        outcome = contestant.outcome
+        networks.append(
+            {
+                "name": outcome.name,
+                "label": outcome.label,
+                "depth": contestant.config.model.depth,
+                "tokens": outcome.tokens,
+                "valid_perplexity": outcome.quality("valid"),
+                "test_perplexity": outcome.quality("test"),
+                "num_params": outcome.result["num_params"],
+                "run_seconds": outcome.result["train_seconds"],
+                "run_threads": outcome.result["num_threads"],
+                # All steps at the price of the last ones: an upper bound for a DEQ, whose first steps are cheaper.
+                "training_seconds": outcome.result["num_steps"] * median(row["step_seconds"]),
+                **row,
+            }
+        )
+    equilibrium = next(network for network in networks if not network["depth"])
+    by_depth = {network["depth"]: network for network in networks if network["depth"]}
+    gain = by_depth[4]["valid_perplexity"] / by_depth[16]["valid_perplexity"] - 1
+    return {
+        "networks": networks,
+        "gain_of_16_layers_over_4": gain,
+        "depth_pays": gain >= 0.02,
+        "against": {f"{depth}_layers": versus(equilibrium, network) for depth, network in by_depth.items()},
+        "paper": plan.paper,
+    }
+
+
+def versus(equilibrium: Mapping[str, Any], stack: Mapping[str, Any]) -> dict[str, Any]:
+    """Ratios of time, each beside the perplexities that were reached."""
+    whole = stack["inference"][""]
+    return {
+        "valid_perplexity_ratio": equilibrium["valid_perplexity"] / stack["valid_perplexity"],
+        "training": paired(equilibrium["step_seconds"], stack["step_seconds"]),
+        "whole_run": equilibrium["run_seconds"] / stack["run_seconds"],
+        "inference": {
+            name: {
+                "ratio": paired(setting["seconds"], whole["seconds"]),
+                "valid_perplexity_ratio": setting["perplexity"] / whole["perplexity"],
+            }
+            for name, setting in equilibrium["inference"].items()
+        },
+    }
+
+
+def paired(some: Sequence[float], others: Sequence[float]) -> float:
+    return median(a / b for a, b in zip(some, others, strict=True))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    rows = []
+    for family in result["families"].values():
+        for network in family["networks"]:
+            against = family["against"].get(f"{network['depth']}_layers")
+            inference = {name: median(setting["seconds"]) for name, setting in network["inference"].items()}
+            rows.append(
+                [
+                    network["label"],
+                    network["valid_perplexity"],
+                    network["test_perplexity"],
+                    network["training_seconds"],
+                    ", ".join(f"{seconds:.3g} {name}".strip() for name, seconds in inference.items()),
+                    against and against["training"],
+                    against
+                    and ", ".join(f"{value['ratio']:.2f} {name}" for name, value in against["inference"].items()),
+                ]
+            )
+    columns = (
+        "network",
+        "valid perplexity",
+        "test perplexity",
+        "s training",
+        "s inference",
+        "DEQ / this, training",
+        "DEQ / this, inference",
+    )
+    return markdown(columns, rows)
+
+
+def draw(result: Mapping[str, Any]) -> Figure:
+    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+    for axes, family in zip(
+        figure.subplots(1, len(result["families"]), squeeze=False)[0], result["families"].values(), strict=True
+    ):
+        networks = family["networks"]
+        times = [network["training_seconds"] for network in networks]
+        stacks = sorted(
+            (n["depth"], t, n["valid_perplexity"]) for n, t in zip(networks, times, strict=True) if n["depth"]
+        )
+        axes.plot(*list(zip(*stacks, strict=True))[1:], "o-", label="weight-tied stacks")
+        for depth, seconds, perplexity in stacks:
+            axes.annotate(
+                f"{depth} layers", (seconds, perplexity), textcoords="offset points", xytext=(5, 5), fontsize="small"
+            )
+        for network, seconds in zip(networks, times, strict=True):
+            if not network["depth"]:
+                axes.plot([seconds], [network["valid_perplexity"]], "*", markersize=14, label="DEQ")
+        axes.set(
+            title=f"{networks[0]['label'].split(',')[0]}, {networks[0]['tokens'] / 1e6:.1f} M tokens",
+            xlabel="seconds of training",
+            ylabel="validation perplexity",
+        )
+        axes.grid(alpha=0.3)
+        axes.margins(0.12)
+        axes.legend()
+    return figure
+
+
+def main() -> None:
+    plans = families()
+    options = parser("runtime", __doc__ or "")
+    options.add_argument("--runs", type=Path, help="folder of the runs (default: OUT/runs)")
+    options.add_argument("--families", nargs="+", choices=tuple(plans), default=list(plans), help="which cells")
+    options.add_argument("--rounds", type=int, default=5, help="turns of each network")
+    options.add_argument("--steps", type=int, default=6, help="training steps of a turn")
+    options.add_argument("--minutes", type=float, help="train for so long and stop; the same command goes on")
+    arguments = options.parse_args()
+    folder = arguments.runs or arguments.out / "runs"
+    chosen = [plans[name] for name in arguments.families]
+    if not train_all([run for family in chosen for run in family.runs()], folder, minutes=arguments.minutes):
+        sys.exit("runtime: not all runs are finished; go on with the same command")
+    torch.set_flush_denormal(True)  # as training does
+    result = origin(command("runtime", arguments, hidden=("runs", "minutes"))) | {"families": {}}
+    for name, family in zip(arguments.families, chosen, strict=True):
+        done = outcomes(family.runs(), folder)
+        corpus = RunFolder(folder / done[0].name).load_corpus(load_config(RunFolder(folder / done[0].name).config))
+        assert isinstance(corpus, Corpus)
+        contestants = [enter(outcome, folder, corpus) for outcome in done]
+        measured = take_turns(contestants, corpus, rounds=arguments.rounds, steps=arguments.steps)
+        result["families"][name] = report(family, contestants, measured)
+    write(arguments.out, "runtime", result, table=table(result), figure=draw(result))
+
+
+if __name__ == "__main__":
+    main()
