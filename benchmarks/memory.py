@@ -47,6 +47,7 @@ from deepeq.train import load_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 HISTORIES = (5, 10, 20, 30)
+PARTS = (3, 15)  # that a segment is solved in
 SHOWN = 5  # the history of the rows with other variants, and of the figure
 OUT_OF_REACH = 1e-30  # an absolute tolerance that no solve finds
 
@@ -275,9 +276,10 @@ def networks(name: str, size: Size, max_steps: int | None) -> Iterable[tuple[dic
             gmres = GMRES(max_steps=products, restart=history)
             yield {"network": f"{label}, GMRES backward"} | used, equilibrium(config, rules[0], gmres)
             yield {"network": f"{label}, checkpoint=True"} | used, equilibrium(config, *rules, checkpoint=True)
-            piece_len = -(-size.length // 3)
-            label = f"{label}, pieces of {piece_len}"
-            yield {"network": label} | used, equilibrium(config, *rules, piece_len=piece_len)
+            for parts in PARTS:
+                piece_len = -(-size.length // parts)
+                described = {"network": f"{label}, pieces of {piece_len}"} | used
+                yield described, equilibrium(config, *rules, piece_len=piece_len)
 
 
 def measure(names: Iterable[str], size: Size, max_steps: int | None) -> list[dict[str, Any]]:

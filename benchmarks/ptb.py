@@ -12,7 +12,7 @@ checkpoint; the same command goes on.
 from _comparison import compare
 from _runs import Planned
 
-TRANSFORMER, TRELLISNET = ("two_cores/ptb_transformer", 3200), ("two_cores/ptb_trellisnet", 1400)  # optimizer steps
+TRANSFORMER, TRELLISNET = ("two_cores/ptb_transformer", 3200), ("two_cores/ptb_trellisnet", 1000)  # optimizer steps
 # At the DEQ's learning rate of 2e-3 the gradient of the deep stack explodes within 400 steps.
 HALF_RATE = ("--optimizer.lr", "1e-3")
 

@@ -7,6 +7,7 @@ import pytest
 
 from deepeq import Anderson, Broyden
 from deepeq.cli import _parser, main
+from deepeq.models import TrellisConfig
 from deepeq.train.config import (
     EquilibriumConfig,
     FolderConfig,
