@@ -4,11 +4,12 @@
 
 Trains, on Penn Treebank, small DEQs and the weight-tied stacks of the same cells with 2 to 16 layers: the same tokens
 in the same order, the same optimizer. Transformers read characters, since on words more layers do not pay within so
-few tokens; perplexities are those of a token, a character there and a word here. Then the trained networks take turns,
-in one process: inference over the validation text, and a few training steps each, several rounds. A ratio is the median
-over rounds of the time of the DEQ over that of the stack in the same round; above 1 the DEQ is slower. Steps of the DEQ
-are timed at the end of training, where its solves take longest. Inference is timed at several tolerances, each with the
-perplexity that is reached.
+few tokens; perplexities are those of a token, a character there and a word here. Then the networks take turns, in one
+process: inference over the first validation tokens, and a few training steps each, several rounds. A ratio is the
+median over rounds of the time of the DEQ over that of the stack in the same round; above 1 the DEQ is slower. Steps of
+the DEQ are timed at the end of training, where its solves take longest. Inference is timed at several tolerances, each
+with the perplexity that is reached. The depths of the paper, 18 and 70 layers, are timed too: the cell of the stack of
+16 layers, stacked higher. They were not trained, and have no perplexity.
 
 Networks are timed with the threads that torch takes here; the seconds of the runs are those of when they were trained.
 """
@@ -28,8 +29,9 @@ from _runs import Outcome, Planned, outcomes, quality, train_all
 from matplotlib.figure import Figure
 from ptb import TRANSFORMER, TRELLISNET, small
 
-from deepeq import DEQ
+from deepeq import DEQ, Unrolled
 from deepeq.data import Batches, Corpus
+from deepeq.data.segments import SegmentStream
 from deepeq.models import LanguageModel, TiedNetwork
 from deepeq.train import RunFolder, load_config
 from deepeq.train.config import RunConfig
@@ -41,6 +43,7 @@ from deepeq.train.metrics import quality as measured_quality
 from deepeq.train.step import Step
 
 INFERENCE_RTOL = (1e-1, 1e-2, 1e-3)
+Core = DEQ | Unrolled
 
 
 class Family(NamedTuple):
@@ -50,6 +53,7 @@ class Family(NamedTuple):
     label: str
     training: tuple[str, int]  # recipe and optimizer steps
     depths: tuple[int, ...]
+    paper_depth: int  # that the paper compares with
     paper: dict[str, float]  # ratios of table 4
     options: tuple[str, ...] = ()  # of all runs
     equilibrium: tuple[str, ...] = ()  # of the DEQ
@@ -82,12 +86,13 @@ def families() -> dict[str, Family]:
             "Transformer (characters)",
             (TRANSFORMER[0], 1200),
             (2, 4, 8, 16),
+            18,
             {"training": 2.82, "inference": 1.76},
             characters,
             growing,
         ),
         "trellisnet": Family(
-            "trellisnet", "TrellisNet (words)", TRELLISNET, (4, 16), {"training": 2.40, "inference": 1.64}
+            "trellisnet", "TrellisNet (words)", TRELLISNET, (4, 16), 70, {"training": 2.40, "inference": 1.64}
         ),
     }
 
@@ -95,13 +100,15 @@ def families() -> dict[str, Family]:
 class Contestant(NamedTuple):
     """A trained network, and what is timed of it."""
 
-    outcome: Outcome
+    outcome: Outcome | None  # None where the depth was not trained
+    label: str
+    depth: int  # 0 for an equilibrium
     config: RunConfig
     model: LanguageModel
     step: Step
     averages: Averages  # of the steps
-    training_core: DEQ | None
-    inference: dict[str, DEQ | None]  # by the name of the setting
+    training_core: Core | None
+    inference: Mapping[str, Core | None]  # by the name of the setting
 
     def infer(self, setting: str, batches: Batches) -> tuple[float, dict[str, Any]]:
         """Seconds of a pass over a text, and what it measures."""
@@ -119,20 +126,25 @@ class Contestant(NamedTuple):
         return time.perf_counter() - start
 
 
-def wear(model: LanguageModel, core: DEQ | None) -> None:
+def wear(model: LanguageModel, core: Core | None) -> None:
     if core is not None:
         assert isinstance(model.network, TiedNetwork)
         model.network.core = core
 
 
-def enter(outcome: Outcome, folder: Path, corpus: Corpus) -> Contestant:
-    """Load a trained network, ready for more steps of its training."""
+def enter(outcome: Outcome, folder: Path, corpus: Corpus, *, depth: int | None = None) -> Contestant:
+    """Load a trained network, ready for more steps of its training; its cell as another stack if a depth is given."""
     config, _, model = RunFolder(folder / outcome.name).load_model()
     train, averages = config.train, Averages()
     cores = Cores.of(model, config, lambda solution: averages.add_solution("backward", solution))
     batches = corpus.stream("train", batch_size=train.batch_size, segment_len=train.segment_len)
-    inference: dict[str, DEQ | None] = {"": None}
-    if cores is not None:
+    core: Core | None = cores and cores.train
+    inference: dict[str, Core | None] = {"": None}
+    if depth is not None:
+        assert isinstance(model.network, TiedNetwork)
+        core = Unrolled(model.network.cell, depth)
+        inference = {"": core}
+    elif cores is not None:
         assert isinstance(model.network, TiedNetwork)
         solver = config.equilibrium.evaluation
         assert solver is not None
@@ -142,11 +154,15 @@ def enter(outcome: Outcome, folder: Path, corpus: Corpus) -> Contestant:
             for name, setting in settings.items()
         }
     step = Step(model, config, batches, make_fabric(train), averages)
-    return Contestant(outcome, config, model, step, averages, cores and cores.train, inference)
+    label = outcome.label if depth is None else f"{depth} layers, not trained"
+    trained = outcome if depth is None else None
+    return Contestant(trained, label, depth or config.model.depth, config, model, step, averages, core, inference)
 
 
-def take_turns(contestants: Sequence[Contestant], corpus: Corpus, *, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Seconds of each network in each round, a training step and a pass over the validation text."""
+def take_turns(
+    contestants: Sequence[Contestant], corpus: Corpus, *, rounds: int, steps: int, max_tokens: int
+) -> list[dict[str, Any]]:
+    """Seconds of each network in each round: a training step, and a pass over the first tokens of validation text."""
     measured: list[dict[str, Any]] = [
         {"step_seconds": [], "inference": {name: {"seconds": []} for name in contestant.inference}}
         for contestant in contestants
@@ -154,7 +170,9 @@ def take_turns(contestants: Sequence[Contestant], corpus: Corpus, *, rounds: int
     for turn in range(rounds):  # before training steps change the weights
         for contestant, row in zip(contestants, measured, strict=True):
             train = contestant.config.train
-            batches = corpus.stream("valid", batch_size=train.eval_batch_size, segment_len=train.segment_len)
+            batches = SegmentStream(
+                corpus.valid[: max_tokens + 1], batch_size=train.batch_size, segment_len=train.segment_len
+            )
             for name, setting in row["inference"].items():
                 seconds, values = contestant.infer(name, batches)
                 setting["seconds"].append(seconds)
@@ -179,22 +197,23 @@ def report(plan: Family, contestants: Sequence[Contestant], measured: Sequence[d
     networks = []
     for contestant, row in zip(contestants, measured, strict=True):
         outcome = contestant.outcome
-        networks.append(
-            {
+        # All steps at the price of the last ones: an upper bound for a DEQ, whose first steps are cheaper.
+        seconds = contestant.config.train.steps * median(row["step_seconds"])
+        described = {"label": contestant.label, "depth": contestant.depth, "training_seconds": seconds}
+        if outcome is not None:
+            described |= {
                 "name": outcome.name,
-                "label": outcome.label,
-                "depth": contestant.config.model.depth,
                 "tokens": outcome.tokens,
                 "valid_perplexity": outcome.quality("valid"),
                 "test_perplexity": outcome.quality("test"),
                 "num_params": outcome.result["num_params"],
                 "run_seconds": outcome.result["train_seconds"],
                 "run_threads": outcome.result["num_threads"],
-                # All steps at the price of the last ones: an upper bound for a DEQ, whose first steps are cheaper.
-                "training_seconds": outcome.result["num_steps"] * median(row["step_seconds"]),
-                **row,
             }
-        )
+        else:
+            for setting in row["inference"].values():
+                del setting["perplexity"]
+        networks.append(described | row)
     equilibrium = next(network for network in networks if not network["depth"])
     by_depth = {network["depth"]: network for network in networks if network["depth"]}
     gain = by_depth[4]["valid_perplexity"] / by_depth[16]["valid_perplexity"] - 1
@@ -208,20 +227,18 @@ def report(plan: Family, contestants: Sequence[Contestant], measured: Sequence[d
 
 
 def versus(equilibrium: Mapping[str, Any], stack: Mapping[str, Any]) -> dict[str, Any]:
-    """Ratios of time, each beside the perplexities that were reached."""
-    whole = stack["inference"][""]
-    return {
-        "valid_perplexity_ratio": equilibrium["valid_perplexity"] / stack["valid_perplexity"],
+    """Ratios of time, beside those of the perplexities that were reached."""
+    whole, settings = stack["inference"][""], equilibrium["inference"]
+    ratios = {
         "training": paired(equilibrium["step_seconds"], stack["step_seconds"]),
-        "whole_run": equilibrium["run_seconds"] / stack["run_seconds"],
-        "inference": {
-            name: {
-                "ratio": paired(setting["seconds"], whole["seconds"]),
-                "valid_perplexity_ratio": setting["perplexity"] / whole["perplexity"],
-            }
-            for name, setting in equilibrium["inference"].items()
-        },
+        "inference": {name: {"ratio": paired(value["seconds"], whole["seconds"])} for name, value in settings.items()},
     }
+    if "valid_perplexity" in stack:
+        ratios["valid_perplexity_ratio"] = equilibrium["valid_perplexity"] / stack["valid_perplexity"]
+        ratios["whole_run"] = equilibrium["run_seconds"] / stack["run_seconds"]
+        for name, value in settings.items():
+            ratios["inference"][name]["perplexity_ratio"] = value["perplexity"] / whole["perplexity"]
+    return ratios
 
 
 def paired(some: Sequence[float], others: Sequence[float]) -> float:
@@ -237,8 +254,8 @@ def table(result: Mapping[str, Any]) -> str:
             rows.append(
                 [
                     network["label"],
-                    network["valid_perplexity"],
-                    network["test_perplexity"],
+                    network.get("valid_perplexity"),
+                    network.get("test_perplexity"),
                     network["training_seconds"],
                     ", ".join(f"{seconds:.3g} {name}".strip() for name, seconds in inference.items()),
                     against and against["training"],
@@ -263,7 +280,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     for axes, family in zip(
         figure.subplots(1, len(result["families"]), squeeze=False)[0], result["families"].values(), strict=True
     ):
-        networks = family["networks"]
+        networks = [network for network in family["networks"] if "valid_perplexity" in network]
         times = [network["training_seconds"] for network in networks]
         stacks = sorted(
             (n["depth"], t, n["valid_perplexity"]) for n, t in zip(networks, times, strict=True) if n["depth"]
@@ -294,6 +311,7 @@ def main() -> None:
     options.add_argument("--families", nargs="+", choices=tuple(plans), default=list(plans), help="which cells")
     options.add_argument("--rounds", type=int, default=5, help="turns of each network")
     options.add_argument("--steps", type=int, default=6, help="training steps of a turn")
+    options.add_argument("--max_tokens", type=int, default=20_000, help="validation tokens of a pass of inference")
     options.add_argument("--minutes", type=float, help="train for so long and stop; the same command goes on")
     arguments = options.parse_args()
     folder = arguments.runs or arguments.out / "runs"
@@ -307,7 +325,11 @@ def main() -> None:
         corpus = RunFolder(folder / done[0].name).load_corpus(load_config(RunFolder(folder / done[0].name).config))
         assert isinstance(corpus, Corpus)
         contestants = [enter(outcome, folder, corpus) for outcome in done]
-        measured = take_turns(contestants, corpus, rounds=arguments.rounds, steps=arguments.steps)
+        deepest = next(outcome for outcome in done if outcome.name.endswith("_16_layers"))
+        contestants.append(enter(deepest, folder, corpus, depth=family.paper_depth))
+        measured = take_turns(
+            contestants, corpus, rounds=arguments.rounds, steps=arguments.steps, max_tokens=arguments.max_tokens
+        )
         result["families"][name] = report(family, contestants, measured)
     write(arguments.out, "runtime", result, table=table(result), figure=draw(result))
 

@@ -61,9 +61,12 @@ def test_row_links_each_of_its_numbers_or_says_that_it_was_not_run(row: dict[str
 @pytest.mark.parametrize("row", ROWS, ids=[next(iter(row.values()))[:40] for row in ROWS])
 def test_row_names_the_command_and_the_hardware_of_its_result_files(row: dict[str, str]) -> None:
     (command,) = re.findall(r"`([^`]+)`", row["command"])
+    script = re.match(r"deepeq bench ([\w-]+) --out OUT\b", command)
+    assert script
+    assert (PAGE.parents[1] / "benchmarks" / f"{script[1].replace('-', '_')}.py").exists()
     for _, file, _ in LINK.findall(row[HERE]):
         result = json.loads((PAGE.parent / file).read_text())
-        assert result["command"] == command
+        assert result["command"].replace("_", "-") == command.replace("_", "-")
         threads = re.search(r"(\d+) threads?", row["hardware"])
         assert threads
         assert f", {threads[1]} threads" in result["hardware"]
