@@ -2,7 +2,7 @@
 
     deepeq bench ptb --out DIR [--size paper] [--only NAME ...] [--minutes M]
 
-`--size two_cores` trains a small DEQ-Transformer, a small DEQ-TrellisNet and the stacks of the same cells with 16
+`--size two_cores` trains a small DEQ-Transformer, a small DEQ-TrellisNet and the stacks of the same cells with 16 and 8
 layers: the same parameters, the same text in the same order, the same optimizer but for the learning rate of the deep
 Transformer, which fails at that of the DEQ. The shallow stack that a DEQ starts as counts as tokens and time of the
 DEQ. `--size paper` is table 2 itself; it needs a GPU and about a day. `--minutes` trains for so long and stops with a
@@ -32,7 +32,7 @@ PLANS = {
         small("transformer_deq", "DEQ-Transformer", TRANSFORMER),
         small("transformer_16_layers", "Transformer, 16 layers, tied", TRANSFORMER, 16, HALF_RATE),
         small("trellisnet_deq", "DEQ-TrellisNet", TRELLISNET),
-        small("trellisnet_16_layers", "TrellisNet, 16 layers, tied", TRELLISNET, 16),
+        small("trellisnet_8_layers", "TrellisNet, 8 layers, tied", TRELLISNET, 8),
     ],
     "paper": [
         Planned(name="ptb_trellisnet", label="DEQ-TrellisNet", recipe="ptb_trellisnet"),
