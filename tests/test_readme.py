@@ -29,9 +29,11 @@ def test_example_runs_and_gives_a_converged_equilibrium_with_gradients() -> None
 def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("deepeq ")]
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
-        words = shlex.split(command.replace("[", "").replace("]", ""))  # brackets mark what may be left out
+        words = shlex.split(
+            command.replace("[", "").replace("]", ""), comments=True
+        )  # brackets mark what may be left out
         _parser().parse_args(words[1:])
 
 
