@@ -22,9 +22,9 @@ def small(
 ) -> Planned:
     """A run with four validations."""
     recipe, steps = family
-    options += ("--train.steps", str(steps), "--train.eval_every", str(steps // 4), "--run.name", name)
-    options += ("--train.checkpoint_every", str(steps // 8))
-    return Planned(name=name, label=label, recipe=recipe, depth=depth, options=options)
+    rhythm = ("--train.steps", str(steps), "--train.eval_every", str(steps // 4), "--run.name", name)
+    rhythm += ("--train.checkpoint_every", str(steps // 8))
+    return Planned(name=name, label=label, recipe=recipe, depth=depth, options=rhythm + options)
 
 
 PLANS = {

@@ -2,7 +2,7 @@
 
     deepeq bench runtime --out DIR [--runs DIR] [--minutes M]
 
-Trains, on Penn Treebank, small DEQs and the weight-tied stacks of the same cells with 2 to 16 layers: the same tokens
+Trains, on Penn Treebank, small DEQs and the weight-tied stacks of the same cells with 4 to 16 layers: the same tokens
 in the same order, the same optimizer. Transformers read characters, since on words more layers do not pay within so
 few tokens; perplexities are those of a token, a character there and a word here. Then the networks take turns, in one
 process: inference over the first validation tokens, and a few training steps each, several rounds. A ratio is the
@@ -85,7 +85,7 @@ def families() -> dict[str, Family]:
             "characters",
             "Transformer (characters)",
             (TRANSFORMER[0], 1200),
-            (2, 4, 8, 16),
+            (4, 16),
             18,
             {"training": 2.82, "inference": 1.76},
             characters,
