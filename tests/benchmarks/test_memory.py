@@ -101,10 +101,11 @@ def test_a_stack_grows_with_its_depth_and_a_deq_with_its_history_alone():
     assert stacks[1] - stacks[0] > 4 * state
     peaks = {
         steps: count(equilibrium(TRELLIS, broyden(*steps), broyden(*steps)), size).peak
-        for steps in ((10, 10), (20, 10), (20, 20))
+        for steps in ((20, 10), (40, 10), (20, 20))
     }
-    assert peaks[20, 10] == pytest.approx(peaks[10, 10], abs=state / 10)
-    assert peaks[20, 20] - peaks[20, 10] == pytest.approx(10 * state, abs=state / 10)
+    assert peaks[40, 10] == pytest.approx(peaks[20, 10], abs=state / 10)
+    # A window that has to restart keeps one state more than a history that holds all steps.
+    assert peaks[20, 20] - peaks[20, 10] == pytest.approx(9 * state, abs=state / 10)
 
 
 def test_the_benchmark_writes_its_files(tmp_path, monkeypatch, capsys):
