@@ -300,7 +300,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
             ylabel="validation perplexity",
         )
         axes.grid(alpha=0.3)
-        axes.margins(0.12)
+        axes.margins(0.2)
         axes.legend()
     return figure
 
