@@ -3,8 +3,8 @@
     deepeq bench runtime --out DIR [--runs DIR] [--minutes M]
 
 Trains, on Penn Treebank, small DEQs and the weight-tied stacks of the same cells with 4 to 16 layers: the same tokens
-in the same order, the same optimizer. Transformers read characters, since on words more layers do not pay within so
-few tokens; perplexities are those of a token, a character there and a word here. Then the networks take turns, in one
+in the same order, the same optimizer. Transformers read characters, where more layers pay within so few tokens;
+perplexities are those of a token, a character there and a word here. Then the networks take turns, in one
 process: inference over the first validation tokens, and a few training steps each, several rounds. A ratio is the
 median over rounds of the time of the DEQ over that of the stack in the same round; above 1 the DEQ is slower. Steps of
 the DEQ are timed at the end of training, where its solves take longest. Inference is timed at several tolerances, each

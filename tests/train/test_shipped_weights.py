@@ -1,11 +1,11 @@
 """The trained model of the paper's table 1 that the repository carries."""
 
-from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
-from deepeq import Broyden
+from deepeq import DEQ, Anderson, Broyden, FixedPointIteration, Solver
 from deepeq.data import CopyMemory, CopyMemoryConfig
 from deepeq.models import TiedNetwork
 from deepeq.train.hub import open_model
@@ -27,13 +27,21 @@ def test_shipped_equilibrium_copies_across_400_blanks_better_than_in_the_paper()
     assert output.solution.converged.all()
 
 
-def test_shipped_equilibrium_is_one_and_no_passing_state_of_the_solver() -> None:
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Broyden(rtol=1e-5, max_steps=200, history_size=200),
+        Anderson(rtol=1e-4, max_steps=200),
+        FixedPointIteration(rtol=1e-4, max_steps=200),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_shipped_equilibrium_is_one_whichever_solver_looks_for_it(solver: Solver) -> None:
     config, _, model = open_model(FOLDER)
     tokens, targets = (ids[:4] for ids in CopyMemory(config.data.copy_memory).sequences("test"))
     assert isinstance(model.network, TiedNetwork)
-    core = model.network.core
-    assert isinstance(core.solver, Broyden)
-    core.solver = replace(core.solver, rtol=1e-5, max_steps=200, history_size=200)
+    assert isinstance(model.network.core, DEQ)
+    model.network.core.solver = solver
     with torch.no_grad():
         output = model(tokens, None, targets)
     assert output.solution.converged.all()
