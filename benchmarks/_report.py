@@ -26,7 +26,7 @@ def command(name: str, arguments: argparse.Namespace, *, hidden: Sequence[str] =
     """The command line that repeats this run, with every argument that has a value; folders are named by their use."""
     words = ["deepeq", "bench", name, "--out", "OUT"]
     for option, value in vars(arguments).items():
-        if option == "out" or option in hidden or value is None or value is False:
+        if option == "out" or option in hidden or value is None or value is False or value == []:
             continue
         words.append(f"--{option}")
         if value is not True:

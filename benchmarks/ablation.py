@@ -251,14 +251,14 @@ def draw(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
     panels = iter(figure.subplots(2, 4).flat)
     for variant in (variant for variant in VARIANTS if variant.remark and variant.base != "stack"):
         axes = next(panels)
-        title = f"{variant.remark[0].upper()}{variant.remark[1:]}"
+        title = f"{variant.remark[0].upper()}{variant.remark[1:]} ({variant.label.split(':')[0]})"
         axes.set(title=title, xlabel="optimizer step", ylabel="steps of a solve (mean over samples)")
         for index, row in enumerate(rows[name] for name in (variant.base, variant.name) if name in rows):
             curve = row["curve"]
             axes.plot(curve["step"], curve["forward_steps"], color=f"C{index}", label=row["label"])
             axes.plot(curve["step"], curve["backward_steps"], ":", color=f"C{index}")
-            axes.legend(title="solid: forward, dotted: backward", fontsize=8, title_fontsize=8)
-        axes.set_ylim(bottom=0)
+            axes.legend(title="solid: forward, dotted: backward", fontsize=8, title_fontsize=8, loc="upper left")
+        axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
         axes.grid(alpha=0.3)
     _draw_imbalance(next(panels), rows)
     _draw_quality(next(panels), rows)
@@ -274,6 +274,7 @@ def _draw_imbalance(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
         weights = [1 / len(shares)] * len(shares)
         label = f"{row['label']}, mean {float(steps.mean()):.1f}"
         axes.hist(shares, bins=bins, weights=weights, histtype="step", color=f"C{index}", linewidth=1.5, label=label)
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
     axes.legend(title="tolerance of evaluation", fontsize=8, title_fontsize=8, loc="upper left")
 
 

@@ -47,8 +47,10 @@ def test_every_row_of_table_1_has_a_label_and_a_recipe() -> None:
 
 
 def test_command_repeats_what_was_chosen_and_hides_folders() -> None:
-    arguments = argparse.Namespace(out=Path("x"), runs=Path("y"), size="paper", seeds=[0, 1], minutes=None, quick=False)
-    assert command("ptb", arguments, hidden=("runs",)) == "deepeq bench ptb --out OUT --size paper --seeds 0 1"
+    arguments = argparse.Namespace(out=Path("x"), runs=Path("y"), size="paper", seeds=[0, 1], seed=0, only=[])
+    arguments.minutes, arguments.quick = None, False
+    shown = command("ptb", arguments, hidden=("runs",))
+    assert shown == "deepeq bench ptb --out OUT --size paper --seeds 0 1 --seed 0"
 
 
 def test_quality_is_a_perplexity_a_token_or_the_loss() -> None:
