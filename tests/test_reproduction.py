@@ -1,8 +1,11 @@
 """docs/reproduction.md: every number of this library is the one in the result file that it links to."""
 
+import argparse
 import json
 import re
+import runpy
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,29 @@ def tables(text: str) -> list[list[dict[str, str]]]:
     return found
 
 
+class _Parsed(Exception):
+    """Ends a script after it has read its arguments."""
+
+
+@cache
+def parsed(command: str) -> tuple[str, argparse.Namespace]:
+    """A benchmark, and what it makes of its arguments, defaults included."""
+    deepeq, bench, name, *arguments = command.split()
+    assert (deepeq, bench) == ("deepeq", "bench")
+    script = PAGE.parents[1] / "benchmarks" / f"{name.replace('-', '_')}.py"
+    parse = argparse.ArgumentParser.parse_args
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(parser: argparse.ArgumentParser) -> None:
+            raise _Parsed(parse(parser, arguments))
+
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.syspath_prepend(script.parent)
+        with pytest.raises(_Parsed) as reached:
+            runpy.run_path(str(script), run_name="__main__")
+    return script.stem, reached.value.args[0]
+
+
 TEXT = PAGE.read_text(encoding="utf-8")
 LINKS = LINK.findall(TEXT)
 ROWS = [row for table in tables(TEXT) for row in table]
@@ -61,12 +87,10 @@ def test_row_links_each_of_its_numbers_or_says_that_it_was_not_run(row: dict[str
 @pytest.mark.parametrize("row", ROWS, ids=[next(iter(row.values()))[:40] for row in ROWS])
 def test_row_names_the_command_and_the_hardware_of_its_result_files(row: dict[str, str]) -> None:
     (command,) = re.findall(r"`([^`]+)`", row["command"])
-    script = re.match(r"deepeq bench ([\w-]+) --out OUT\b", command)
-    assert script
-    assert (PAGE.parents[1] / "benchmarks" / f"{script[1].replace('-', '_')}.py").exists()
+    arguments = parsed(command)
     for _, file, _ in LINK.findall(row[HERE]):
         result = json.loads((PAGE.parent / file).read_text())
-        assert result["command"].replace("_", "-") == command.replace("_", "-")
+        assert parsed(result["command"]) == arguments
         threads = re.search(r"(\d+) threads?", row["hardware"])
         assert threads
         assert f", {threads[1]} threads" in result["hardware"]

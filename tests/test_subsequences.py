@@ -291,13 +291,32 @@ def saved_bytes(layer: DEQ, x: Tensor) -> int:
         ("chain", 1.0),
         ("pair", 1.0),
         ("transformer", 1.1),  # and the keys and values of each piece's memory
-        ("trellisnet", 1.2),  # and the normalized weights of each piece
+        ("trellisnet", 1.1),
     ],
 )
 def test_about_as_much_is_kept_for_the_backward_as_by_one_solve(name: str, share: float) -> None:
     make, channels = CELLS[name]
     layer, x = deq(make()), draw(2, 40, channels).requires_grad_()
     assert 0 < saved_bytes(Subsequences(layer, 20), x) <= share * saved_bytes(layer, x)
+
+
+def test_pieces_share_normalized_weights() -> None:
+    """Kept for the backward pass: as much more a piece as its states need, for any size of the weights."""
+    config = TrellisConfig(d_input=8, d_hidden=64, d_output=4, kernel_size=3, dilation=2, weight_norm=True)
+    layer, x = deq(TrellisCell(config)), draw(1, 8, 8).requires_grad_()
+    weights = 8 * 4 * 64 * 3 * (8 + 64)  # bytes
+    assert saved_bytes(layer, x) > weights
+    assert saved_bytes(Subsequences(layer, 1), x) < saved_bytes(layer, x) + weights / 4
+
+
+def test_entries_of_the_weights_are_dropped_once_for_all_pieces() -> None:
+    config = TrellisConfig(d_input=8, d_hidden=6, d_output=4, weight_dropout=0.5, init_std=0.2)
+    layer, x = deq(TrellisCell(config)).train(), draw(2, 6, 8)
+    values = []
+    for each in (layer, Subsequences(layer, 2)):
+        torch.manual_seed(1)
+        values.append(each(x).value[0].detach())
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-10)
 
 
 # --- what it takes ---------------------------------------------------------------------------------------------------

@@ -36,14 +36,19 @@ class _TiedLayer(nn.Module, ABC):
             raise TypeError(f"cell must be a torch.nn.Module called as cell(z, injection), got {type(cell).__name__}")
         self.cell = cell
 
-    def prepare(self, x: Any, z0: Any = None, memory: Any = None) -> tuple[Callable[[Any], Any], Any]:
+    def prepare(
+        self, x: Any, z0: Any = None, memory: Any = None, *, weights: Any = None
+    ) -> tuple[Callable[[Any], Any], Any]:
         """The map `f(z) = cell(z, injection)` of one solve, and its first state.
+
+        `weights`, if given, are those of a cell whose `inject(x, memory, weights)` takes them.
 
         Raises:
             ValueError: memory is given to a cell that takes none.
         """
         if isinstance(self.cell, InjectingCell):
-            injection = self.cell.inject(x, memory)
+            shared = () if weights is None else (weights,)
+            injection = self.cell.inject(x, memory, *shared)
         elif memory is None:
             injection = x
         else:

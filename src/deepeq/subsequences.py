@@ -22,6 +22,19 @@ class RememberingCell(InjectingCell, Protocol):
         ...
 
 
+@runtime_checkable
+class SharingCell(RememberingCell, Protocol):
+    """A cell that computes weights from its parameters, normalized or dropped, which several solves can share."""
+
+    def shared_weights(self) -> Any:
+        """What `inject` makes of the parameters alone, in training with masks of its own."""
+        ...
+
+    def inject(self, x: Any, memory: Any = None, weights: Any = None) -> Any:
+        """The injection, with these weights in the place of new ones."""
+        ...
+
+
 class Subsequences(DEQ):
     """A `DEQ` that solves a sequence in pieces of at most `length` positions (Bai et al. 2019, appendix E).
 
@@ -30,8 +43,8 @@ class Subsequences(DEQ):
     equilibrium, where there is but one, is that of the whole, found in solves that are each easier. Nothing is
     detached: the backward pass solves piece after piece from the last to the first, and the gradients are those of the
     whole. Between the passes lives one graph of `f` for each piece, together that of `f` over the whole sequence, and
-    what `inject` computes for each piece, such as the projections of its memory. Dropout masks are drawn for each
-    piece.
+    what `inject` computes for each piece, such as the projections of its memory. Where the cell has
+    `shared_weights()`, the pieces share them, with the masks of dropped weights; masks of states are drawn for each piece.
 
     `prepare` and `solve` stay those of the whole sequence. The Solution of the pieces together has:
 
@@ -45,7 +58,7 @@ class Subsequences(DEQ):
 
     Args:
         layer: The layer whose cell, solver and adjoint are used. The cell offers `inject` and
-            `extend_memory(memory, x, z, *, length)`.
+            `extend_memory(memory, x, z, *, length)`, and perhaps `shared_weights()` for `inject(x, memory, weights)`.
         length: Most positions in a piece.
 
     Raises:
@@ -74,11 +87,12 @@ class Subsequences(DEQ):
             return super().forward(x, z0, memory)
         if z0 is not None:
             _check_positions(z0, num_positions, "z0")
+        weights = cell.shared_weights() if isinstance(cell, SharingCell) else None
         pieces = []
         for start in range(0, num_positions, self.length):
             window = slice(start, start + self.length)
             x_piece = x[:, window]
-            piece = super().forward(x_piece, _positions(z0, window), memory)
+            piece = self.solve(*self.prepare(x_piece, _positions(z0, window), memory, weights=weights))
             _check_positions(piece.value, x_piece.shape[1], "the state")
             pieces.append(piece)
             if window.stop < num_positions:

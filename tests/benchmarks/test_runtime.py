@@ -23,7 +23,7 @@ EQUILIBRIUM = EquilibriumConfig(
     evaluation=Broyden(rtol=1e-3, max_steps=20, history_size=7),
     warm_up_share=0.3,
 )
-FAMILY = runtime.Family("tiny", "Transformer", ("two_cores/ptb_transformer", 24), (2, 4), 6, {"training": 2.82})
+FAMILY = runtime.Family("tiny", "Transformer", ("two_cores/ptb_transformer", 24), {2: (), 4: ()}, 6, {"training": 2.82})
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_networks_take_turns_and_are_compared(runs: Path, tmp_path: Path, monkey
     assert list(networks) == [2, 4, 0, 6]
     assert all(len(network["step_seconds"]) == 2 for network in networks.values())
     assert "valid_perplexity" not in networks[6]
-    assert set(networks[0]["inference"]) == {"rtol=0.1", "rtol=0.01", "rtol=0.001"}
+    assert set(networks[0]["inference"]) == {"rtol=0.1", "rtol=0.03", "rtol=0.01", "rtol=0.001"}
     assert networks[0]["solves"]["backward_steps"] > 0
     # Solves to a tighter tolerance take more steps.
     steps = [setting["forward_steps"] for setting in networks[0]["inference"].values()]

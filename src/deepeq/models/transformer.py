@@ -204,10 +204,16 @@ class TransformerCell(SequenceCell):
         """Zeros, `(B, T, D)`."""
         return torch.zeros_like(x)
 
-    def inject(self, x: Tensor, memory: Memory | KeyValues | None = None) -> TransformerInjection | StepInjection:
+    def shared_weights(self) -> Weights:
+        """The matrices that act on the state."""
+        return Weights(self.qkv.weight, self.output_projection.weight, self.inner.weight, self.outer.weight)
+
+    def inject(
+        self, x: Tensor, memory: Memory | KeyValues | None = None, weights: Weights | None = None
+    ) -> TransformerInjection | StepInjection:
         """What attention needs besides `z`, for inputs `x` `(B, T, D)` and a memory of any length."""
         num_queries, empty = x.shape[1], None
-        weights = Weights(self.qkv.weight, self.output_projection.weight, self.inner.weight, self.outer.weight)
+        weights = weights or self.shared_weights()
         if not isinstance(memory, KeyValues):
             memory = memory or Memory(x[:, :0], x[:, :0])
             memory_key, memory_value = self._keys_and_values(memory.x, memory.z, weights.qkv)

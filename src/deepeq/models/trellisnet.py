@@ -24,6 +24,13 @@ class TrellisMemory(NamedTuple):
     c: Tensor  # (B, M, H)
 
 
+class TrellisWeights(NamedTuple):
+    """The matrices of one solve, normalized and with entries dropped where the configuration says so."""
+
+    injection: Tensor  # (4 H, k E)
+    convolution: Tensor  # (4 H, k H)
+
+
 class TrellisInjection(NamedTuple):
     """All that one solve needs besides `z`."""
 
@@ -114,14 +121,22 @@ class TrellisCell(SequenceCell):
         h = x.new_zeros(*x.shape[:2], self.config.d_hidden)
         return h, h
 
-    def inject(self, x: Tensor, memory: TrellisMemory | None = None) -> TrellisInjection:
+    def shared_weights(self) -> TrellisWeights:
+        """Both matrices, in training with a draw of dropped entries."""
+        return TrellisWeights(self.injection.weight, self.convolution.weight)
+
+    def inject(
+        self, x: Tensor, memory: TrellisMemory | None = None, weights: TrellisWeights | None = None
+    ) -> TrellisInjection:
         """The input's part of the gates, the history, and the weights, for inputs `x` `(B, T, E)`."""
+        weights = weights or self.shared_weights()
         if memory is None:
             memory = self._zeros(x)
         mask = self.hidden_dropout.mask(memory.h)
         history = memory.h if mask is None else memory.h * mask
-        gates = self.injection(self._taps(torch.cat([memory.x, x], dim=1)))  # (B, T, 4 H)
-        return TrellisInjection(gates, history, memory.c, self.convolution.weight, mask)
+        taps = self._taps(torch.cat([memory.x, x], dim=1))
+        gates = linear(taps, weights.injection, self.injection.bias)  # (B, T, 4 H)
+        return TrellisInjection(gates, history, memory.c, weights.convolution, mask)
 
     def forward(self, z: State, injection: TrellisInjection) -> State:
         h, c = z
