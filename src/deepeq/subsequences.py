@@ -44,7 +44,7 @@ class Subsequences(DEQ):
     detached: the backward pass solves piece after piece from the last to the first, and the gradients are those of the
     whole. Between the passes lives one graph of `f` for each piece, together that of `f` over the whole sequence, and
     what `inject` computes for each piece, such as the projections of its memory. Where the cell has
-    `shared_weights()`, the pieces share them, with the masks of dropped weights; masks of states are drawn for each piece.
+    `shared_weights()`, the pieces share these, dropped entries included; masks of states are drawn for each piece.
 
     `prepare` and `solve` stay those of the whole sequence. The Solution of the pieces together has:
 
