@@ -68,7 +68,7 @@ def train_all(runs: Iterable[Planned], folder: Path, *, minutes: float | None) -
     """Train what is not finished yet, one run after the other, for so many minutes; returns whether all are finished.
 
     Raises:
-        SystemExit: a run failed.
+        SystemExit: a run failed, or the folder has one of the same name that was planned differently.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     return all(_train(run, folder / run.name, deadline) for run in runs)
@@ -80,13 +80,16 @@ def outcomes(runs: Sequence[Planned], folder: Path) -> list[Outcome]:
 
 
 def _train(run: Planned, path: Path, deadline: float) -> bool:
+    recipe, options = (path.parent / f"{run.name}.{kind}" for kind in ("yaml", "options"))
+    if options.exists() and (options.read_text().splitlines() != [*run.options] or load_config(recipe) != run.config()):
+        raise SystemExit(f"the run {path} was planned differently; remove it and {options}, or take another folder")
     if RunFolder(path).result.exists():
         return True
     if time.monotonic() >= deadline:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = path.parent / f"{run.name}.yaml"
     save_config(run.config(), recipe)
+    options.write_text("\n".join(run.options))
     command = [sys.executable, "-m", "deepeq", "train", "--config", str(recipe), "--run.dir", str(path)]
     process = subprocess.Popen([*command, "--resume", "auto", *run.options], stdout=subprocess.DEVNULL)
     try:

@@ -8,12 +8,12 @@ import copy_memory
 import pytest
 import wikitext_103
 from _report import command, markdown
-from _runs import RECIPES, Planned, quality
+from _runs import RECIPES, Planned, quality, train_all
 from ptb import PLANS
 from runtime import families, paired
 
 from deepeq.train import load_config
-from deepeq.train.config import EquilibriumConfig
+from deepeq.train.config import EquilibriumConfig, save_config
 
 ALL = [
     *(plan for plans in PLANS.values() for plan in plans),
@@ -44,6 +44,19 @@ def test_every_row_of_table_1_has_a_label_and_a_recipe() -> None:
         for folder in (RECIPES, RECIPES / "two_cores"):
             task = load_config(folder / f"{name}.yaml").data.copy_memory
             assert (task.blank_len, task.num_train, task.num_test) == (400, 20_000, 2_000)
+
+
+def test_folder_with_a_run_that_was_planned_differently_is_refused(tmp_path: Path) -> None:
+    run = Planned(name="run", label="Run", recipe="two_cores/ptb_transformer", options=("--data.folder", "a b"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    assert train_all([run], tmp_path, minutes=None)  # it was trained by hand: nothing says how
+    save_config(run.config(), tmp_path / "run.yaml")
+    (tmp_path / "run.options").write_text("\n".join(run.options))
+    assert train_all([run], tmp_path, minutes=None)
+    for other in (replace(run, options=()), replace(run, depth=3), replace(run, recipe="two_cores/ptb_trellisnet")):
+        with pytest.raises(SystemExit, match="was planned differently"):
+            train_all([other], tmp_path, minutes=None)
 
 
 def test_command_repeats_what_was_chosen_and_hides_folders() -> None:
