@@ -61,11 +61,13 @@ def test_networks_take_turns_and_are_compared(runs: Path, tmp_path: Path, monkey
     assert list(networks) == [2, 4, 0, 6]
     assert all(len(network["step_seconds"]) == 2 for network in networks.values())
     assert "valid_perplexity" not in networks[6]
-    assert set(networks[0]["inference"]) == {"rtol=0.1", "rtol=0.03", "rtol=0.01", "rtol=0.001"}
+    rtols, limits = ("rtol=0.1", "rtol=0.01", "rtol=0.001"), ("12 plain steps", "14 plain steps", "16 plain steps")
+    assert tuple(networks[0]["inference"]) == rtols + limits
     assert networks[0]["solves"]["backward_steps"] > 0
     # Solves to a tighter tolerance take more steps.
-    steps = [setting["forward_steps"] for setting in networks[0]["inference"].values()]
-    assert steps == sorted(steps)
+    for settings in (rtols, limits):
+        steps = [networks[0]["inference"][setting]["forward_steps"] for setting in settings]
+        assert steps == sorted(steps)
     ratio = networks[0]["valid_perplexity"] / networks[4]["valid_perplexity"]
     assert family["against"]["4_layers"]["valid_perplexity_ratio"] == pytest.approx(ratio)
     gain = networks[4]["valid_perplexity"] / networks[2]["valid_perplexity"] - 1
