@@ -162,7 +162,7 @@ def enter(outcome: Outcome, folder: Path, corpus: Corpus, *, depth: int | None =
         solver = config.equilibrium.evaluation
         assert solver is not None
         settings: dict[str, Solver] = {f"rtol={r:g}": replace(solver, rtol=r, atol=0.0) for r in INFERENCE_RTOL}
-        settings |= {f"{n} plain steps": FixedPointIteration(rtol=1e-2, max_steps=n) for n in INFERENCE_STEPS}
+        settings |= {f"{n}_plain_steps": FixedPointIteration(rtol=1e-2, max_steps=n) for n in INFERENCE_STEPS}
         inference = {
             name: evaluation_core(model.network, replace(config.equilibrium, evaluation=setting))
             for name, setting in settings.items()

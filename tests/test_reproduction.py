@@ -13,7 +13,7 @@ import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
 NUMBER = r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
-LINK = re.compile(r"\[([^\]]+)\]\(([^)#]+\.json)#([^)]+)\)")
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([^)\s]+)\)")
 HERE = "here"
 
 

@@ -61,7 +61,7 @@ def test_networks_take_turns_and_are_compared(runs: Path, tmp_path: Path, monkey
     assert list(networks) == [2, 4, 0, 6]
     assert all(len(network["step_seconds"]) == 2 for network in networks.values())
     assert "valid_perplexity" not in networks[6]
-    rtols, limits = ("rtol=0.1", "rtol=0.01", "rtol=0.001"), ("12 plain steps", "14 plain steps", "16 plain steps")
+    rtols, limits = ("rtol=0.1", "rtol=0.01", "rtol=0.001"), ("12_plain_steps", "14_plain_steps", "16_plain_steps")
     assert tuple(networks[0]["inference"]) == rtols + limits
     assert networks[0]["solves"]["backward_steps"] > 0
     # Solves to a tighter tolerance take more steps.
