@@ -68,7 +68,7 @@ def test_the_count_from_shapes_is_that_with_data(config, network):
     counted, with_data = count(make, SIZE), count(make, SIZE, data=True)
     # With pieces, some bytes of flags and counters are alive at another time.
     assert counted.peak == (
-        pytest.approx(with_data.peak, rel=5e-3) if "piece_len" in network.keywords else with_data.peak
+        pytest.approx(with_data.peak, abs=1024) if "piece_len" in network.keywords else with_data.peak
     )
     assert counted._replace(peak=0) == with_data._replace(peak=0)
     assert counted.parameters == counted.gradients == 4 * sum(p.numel() for p in config.build().parameters())
