@@ -47,8 +47,8 @@ from deepeq.train.step import Step
 INFERENCE_RTOL, INFERENCE_STEPS = (1e-1, 1e-2, 1e-3), (12, 14, 16)
 CHARACTERS_STEPS = 2400
 # Of the stacks by depth; the DEQ has the recipe's, 2e-3. In trials of up to 1,200 steps 16 layers fell behind at 1.4e-3
-# and failed at 2e-3; 4 layers were better at 2e-3 than at 1e-3 and 2.8e-3; 2 and 8 layers were not tried. Weight
-# normalization, which the DEQ has, made stacks of 4 and 16 layers worse at 2e-3.
+# and failed at 2e-3; 4 layers were better at 2e-3 than at 1e-3 and 2.8e-3; 2 and 8 layers were not tried. With the
+# weight normalization of the DEQ, at 2e-3, 4 layers were worse, and 16 layers behind those without at 1e-3.
 CHARACTERS_RATES = {2: "2e-3", 4: "2e-3", 8: "1.4e-3", 16: "1e-3", 18: "1e-3"}
 Core = DEQ | Unrolled
 
@@ -250,7 +250,6 @@ def versus(equilibrium: Mapping[str, Any], stack: Mapping[str, Any]) -> dict[str
     }
     if "valid_perplexity" in stack:
         ratios["valid_perplexity_ratio"] = equilibrium["valid_perplexity"] / stack["valid_perplexity"]
-        ratios["whole_run"] = equilibrium["run_seconds"] / stack["run_seconds"]
         for name, value in settings.items():
             ratios["inference"][name]["perplexity_ratio"] = value["perplexity"] / whole["perplexity"]
     return ratios
