@@ -4,8 +4,16 @@ from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, NeumannAdj
 from deepeq.deq import DEQ, Unrolled
 from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
 from deepeq.solve import fixed_point, root_find
-from deepeq.solvers import GMRES, Anderson, Broyden, FixedPointIteration, Solver
-from deepeq.stability import jacobian_penalty, spectral_radius
+from deepeq.solvers import (
+    GMRES,
+    Anderson,
+    Broyden,
+    ConjugateGradient,
+    FixedPointIteration,
+    NewtonKrylov,
+    Solver,
+)
+from deepeq.stability import error_bound, jacobian_penalty, smallest_singular_value, spectral_radius
 from deepeq.subsequences import Subsequences
 from deepeq.universality import stack, weight_tied
 
@@ -18,20 +26,24 @@ __all__ = [
     "Anderson",
     "BackpropAdjoint",
     "Broyden",
+    "ConjugateGradient",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointIteration",
     "ImplicitAdjoint",
     "NeumannAdjoint",
+    "NewtonKrylov",
     "PhantomAdjoint",
     "Result",
     "Solution",
     "Solver",
     "Subsequences",
     "Unrolled",
+    "error_bound",
     "fixed_point",
     "jacobian_penalty",
     "root_find",
+    "smallest_singular_value",
     "spectral_radius",
     "stack",
     "weight_tied",

@@ -2,19 +2,23 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as recompute
 
-from deepeq.iterate import Map, in_current_autocast, iterate
+from deepeq.iterate import Measured, Measures, OnStep, Problem, in_current_modes, iterate, reconcile, unit_of
+from deepeq.packing import Map
 from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
 from deepeq.solvers import GMRES, Solver
+
+OnFailure = Literal["ignore", "warn", "raise"]
+"""What happens when a solve misses its tolerance: nothing, a `ConvergenceWarning`, or a `ConvergenceError`."""
 
 LinearSolve = Callable[[Map, Tensor], Tensor]
 """From `u -> J^T u` and `v` to (an approximation of) the `u` with `u = J^T u + v`."""
@@ -23,13 +27,15 @@ LinearSolve = Callable[[Map, Tensor], Tensor]
 class Adjoint(ABC):
     """A way to find an equilibrium and to make it differentiable.
 
-    All of them return the same value, the solver's; they differ in its gradient. Gradients follow
+    They differ in the gradient of the same value, the solver's, unless a class says otherwise. Gradients follow
     `torch.is_grad_enabled()`, and reach every tensor that `f` touches.
     """
 
     @abstractmethod
-    def solve(self, f: Map, z0: Tensor, solver: Solver) -> Solution:
-        """The Solution of `z = f(z)` for a packed state `(B, N)`, differentiable if gradients are enabled."""
+    def solve(
+        self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
+    ) -> Solution:
+        """Return the Solution of a packed problem `(B, N)`, differentiable if gradients are enabled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +56,12 @@ class ImplicitAdjoint(Adjoint):
     """
 
     solver: Solver = field(default_factory=GMRES)
-    """Solver of the backward fixed point. Its `atol` is in units of the largest component of a sample's `dl/dz*`; under
-    autocast its `rtol` is taken as at least twice the rounding of the 16-bit type, which products cannot go below."""
+    """Solver of the backward fixed point. Its `atol` is in units of the largest component of a problem's `dl/dz*`;
+    under autocast its `rtol` is taken as at least twice the rounding of the 16-bit type, the limit of products."""
+    on_failure: OnFailure = "warn"
+    """What happens when the backward solve misses its tolerance."""
     callback: Callable[[Solution], None] | None = None
-    """Receives the backward Solution (its value `u` packed as `(B, N)`); without it, a solve that stops short warns."""
+    """Receives the backward Solution, whose value `u` is packed as `(B, N)`."""
     checkpoint: bool = False
     """Drop even the one graph, and evaluate `f` twice more in the backward pass."""
     twice_differentiable: bool = False
@@ -65,36 +73,43 @@ class ImplicitAdjoint(Adjoint):
         if self.checkpoint and self.twice_differentiable:
             raise ValueError("checkpoint=True keeps no graph to differentiate twice; set twice_differentiable=False")
 
-    def solve(self, f: Map, z0: Tensor, solver: Solver) -> Solution:
+    def solve(
+        self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
+    ) -> Solution:
         backward, device_type = self.solver, z0.device.type
         if torch.is_autocast_enabled(device_type):
             floor = 2.0 * torch.finfo(torch.get_autocast_dtype(device_type)).eps
             backward = replace(backward, rtol=max(backward.rtol, floor))
-        adjoint_solve = partial(self._adjoint_solve, backward)
-        return _attach(f, _search(f, z0, solver), adjoint_solve, self.checkpoint, self.twice_differentiable)
+        measures = Measures(problem, solver)
+        solution = _search(problem, z0, solver, measures, keep, on_step)
+        adjoint_solve = partial(self._adjoint_solve, backward, solution.value, problem.sizes, problem.verify)
+        return _attach(problem, solution, measures, solver, adjoint_solve, self.checkpoint, self.twice_differentiable)
 
-    def _adjoint_solve(self, solver: Solver, product: Map, v: Tensor) -> Tensor:
+    def _adjoint_solve(
+        self, solver: Solver, z: Tensor, sizes: Sequence[int], verify: bool, product: Map, v: Tensor
+    ) -> Tensor:
         # The equation is linear: solved for v of size one, it does not lose small or large gradients to the range of
         # float32, and its tolerances do not depend on the scale of the loss.
-        scale = v.abs().amax(dim=1, keepdim=True) if v.numel() else v.new_ones(v.shape[0], 1)
-        scale = torch.where(scale > 0, scale, 1.0)
-        v = v / scale
-        solution = iterate(lambda u: product(u) + v, solver, torch.zeros_like(v), f_z0=v)
-        solution = solution._replace(value=solution.value * scale)
-        if solution.result is Result.NONFINITE:
-            raise ConvergenceError(
-                f"backward pass, product {first_nonfinite(solution)}: {solution.result.value}", solution
-            )
+        unit = _dual_unit(v, z, sizes)
+        v = v / unit
+        backward = Problem(
+            function=lambda u: product(u * unit) / unit + v,
+            first=v,
+            verify=verify,
+            linear=True,
+            name="the backward map J^T u + v",
+        )
+        solution = iterate(backward, solver, torch.zeros_like(v))
+        solution = solution._replace(
+            value=solution.value * unit, absolute_residual=solution.absolute_residual * unit.amax(dim=1)
+        )
         if self.callback is not None:
             self.callback(solution)
-        elif solution.result is Result.MAX_STEPS:
-            warnings.warn(
-                "the backward solve of ImplicitAdjoint stopped at its step limit, so gradients are less exact than its "
-                "rtol says; raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits), or give a callback that "
-                "looks at the residual",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        message = f"backward pass: {solution.message}"
+        if solution.result is Result.NONFINITE:
+            raise ConvergenceError(message, solution)
+        if solution.message:
+            report(f"{message}. Gradients are less exact than asked for", solution, self.on_failure)
         return solution.value
 
 
@@ -115,8 +130,12 @@ class NeumannAdjoint(Adjoint):
     def __post_init__(self) -> None:
         _check_positive("terms", self.terms, self)
 
-    def solve(self, f: Map, z0: Tensor, solver: Solver) -> Solution:
-        return _attach(f, _search(f, z0, solver), self._adjoint_solve)
+    def solve(
+        self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
+    ) -> Solution:
+        measures = Measures(problem, solver)
+        solution = _search(problem, z0, solver, measures, keep, on_step)
+        return _attach(problem, solution, measures, solver, self._adjoint_solve)
 
     def _adjoint_solve(self, product: Map, v: Tensor) -> Tensor:
         u = v
@@ -129,8 +148,11 @@ class NeumannAdjoint(Adjoint):
 class PhantomAdjoint(Adjoint):
     """Gradients of a few damped steps taken at the equilibrium: `z <- damping z + (1 - damping) f(z)`, `steps` times.
 
-    Biased and cheap: no backward solve, `steps` graphs of `f`. One undamped step is Jacobian-free backpropagation. The
-    value stays the solver's.
+    Biased and cheap: no backward solve, `steps` graphs of `f`. One undamped step is Jacobian-free backpropagation.
+
+    With `returns="last"` the value is the state after these steps, with gradients or without. Together with
+    `max_steps=0` of the solver, or a small limit and a warm start, this is truncated backpropagation. The residual is
+    then that of the state before the last step, and nothing is called converged.
 
     References:
         Geng et al. (2021), On training implicit models, NeurIPS, eq. 9 (unrolling-based phantom gradient).
@@ -139,23 +161,45 @@ class PhantomAdjoint(Adjoint):
     steps: int = 1
     """Applications of `f` that are differentiated."""
     damping: float = 0.0
-    """Share of the old iterate that a step keeps; 0 means none."""
+    """Fraction of the old iterate that a step keeps; 0 means none."""
+    returns: Literal["equilibrium", "last"] = "equilibrium"
+    """The value: the solver's equilibrium, or the last differentiated iterate."""
 
     def __post_init__(self) -> None:
         _check_positive("steps", self.steps, self)
         if not 0.0 <= self.damping < 1.0:
             raise ValueError(f"damping={self.damping!r} of PhantomAdjoint must lie in [0, 1); 0 means none")
+        if self.returns not in ("equilibrium", "last"):
+            raise ValueError(f"returns={self.returns!r} of PhantomAdjoint must be 'equilibrium' or 'last'")
 
-    def solve(self, f: Map, z0: Tensor, solver: Solver) -> Solution:
-        solution = _search(f, z0, solver)
-        if solution.result is Result.NONFINITE or not torch.is_grad_enabled():
-            return solution
-        z = solution.value
-        for _ in range(self.steps):
-            z = f(z).lerp(z, self.damping) if self.damping else f(z)
-        # The phantom steps give the gradient alone: the value, and with it the residual, is the solver's.
-        value = solution.value + (z - z.detach())
-        return solution._replace(value=value, num_evals=solution.num_evals + self.steps)
+    def solve(
+        self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
+    ) -> Solution:
+        measures = Measures(problem, solver)
+        last = self.returns == "last"
+        solution = _search(problem, z0, solver, measures, keep, on_step, confirm=not last)
+        if not last and not torch.is_grad_enabled():
+            return _with_kept_states(problem, solution)
+        z, joint = tracked(solution.value), None
+        for step in range(self.steps):
+            fz, _, measured = problem.evaluate(z)
+            if last or step == 0:
+                joint = measures(fz, measured)
+            z = fz.lerp(z, self.damping) if self.damping else fz
+        assert joint is not None
+        solution = solution._replace(num_evals=solution.num_evals + self.steps)
+        if not last:
+            solution = _confirmed(solution, joint, problem, solver)
+            # The phantom steps give the gradient alone: the value, and with it the residual, is the solver's.
+            return _with_kept_states(problem, solution, _Equilibrium.apply(z, solution.value, _Rule(None)))
+        relative, absolute = joint.relative.to(z.dtype), joint.absolute.to(z.dtype)
+        solution = solution._replace(
+            residual=relative, absolute_residual=absolute, converged=torch.zeros_like(solution.converged)
+        )
+        if solution.result is not Result.NONFINITE:
+            truncated = solution.result is Result.CONVERGED or solver.max_steps == 0
+            solution = solution._replace(result=Result.MAX_STEPS, message="" if truncated else solution.message)
+        return _with_kept_states(problem, solution, z if torch.is_grad_enabled() else z.clone())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +209,49 @@ class BackpropAdjoint(Adjoint):
     The oracle of tests, and an option where few steps are taken. `z0` gets a gradient too.
     """
 
-    def solve(self, f: Map, z0: Tensor, solver: Solver) -> Solution:
-        return iterate(f, solver, z0)
+    def solve(
+        self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
+    ) -> Solution:
+        solution = iterate(problem, solver, tracked(z0), keep=keep, on_step=on_step)
+        kept = tuple(z if fz is None else fz for z, fz in solution.kept)
+        value = solution.value if torch.is_grad_enabled() else solution.value.clone()
+        return solution._replace(value=value, kept=kept)
 
 
-def _search(f: Map, z0: Tensor, solver: Solver) -> Solution:
+def report(message: str, solution: Solution, on_failure: OnFailure, stacklevel: int = 3) -> None:
+    """Raise, warn, or ignore, as the caller of a solve wishes."""
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    if on_failure == "warn":
+        warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
+
+
+def tracked(z: Tensor) -> Tensor:
+    """Return `z` such that autograd records what `f` does with it.
+
+    An `f` that hides its parameters from autograd, as reentrant checkpointing does, gets its gradients only where its
+    argument asks for one.
+    """
+    if not torch.is_grad_enabled() or z.requires_grad:
+        return z
+    return z.detach().requires_grad_()
+
+
+def _search(
+    problem: Problem,
+    z0: Tensor,
+    solver: Solver,
+    measures: Measures,
+    keep: Sequence[int],
+    on_step: OnStep | None,
+    *,
+    confirm: bool = True,
+) -> Solution:
+    """Return the solution without a graph; where a graph is to be built, its evaluation confirms the residuals."""
+    confirm = confirm and not torch.is_grad_enabled()
     with torch.no_grad():
-        solution = iterate(f, solver, z0.detach())
+        z0 = z0.detach()
+        solution = iterate(problem, solver, z0, keep=keep, on_step=on_step, measures=measures, confirm=confirm)
     if forward_ad.unpack_dual(solution.value).tangent is not None:
         raise NotImplementedError(
             "forward-mode derivatives of an equilibrium are supported by BackpropAdjoint only; use reverse mode"
@@ -182,37 +262,66 @@ def _search(f: Map, z0: Tensor, solver: Solver) -> Solution:
     return solution._replace(value=solution.value.detach())
 
 
+def _confirmed(solution: Solution, joint: Measured, problem: Problem, solver: Solver) -> Solution:
+    """Return the solution with what the evaluation that builds the graph says of it."""
+    if solver.max_steps == 0:  # nothing was measured before
+        dtype = solution.value.dtype
+        return solution._replace(residual=joint.relative.to(dtype), absolute_residual=joint.absolute.to(dtype))
+    return reconcile(solution, joint, problem, solver) if problem.verify else solution
+
+
+def _with_kept_states(problem: Problem, solution: Solution, value: Tensor | None = None) -> Solution:
+    """Return the solution with its value, and its kept points as states: `f` of each, differentiable through `f`."""
+    # A copy: without a graph the value may be z0 itself, or what f returned last.
+    value = solution.value.clone() if value is None else value
+    kept, num_evals = [], solution.num_evals
+    for point, fz in solution.kept:
+        if fz is None:  # the search had ended
+            kept.append(value)
+        elif torch.is_grad_enabled():
+            kept.append(problem(tracked(point)))
+            num_evals += 1
+        else:
+            kept.append(fz)
+    return solution._replace(value=value, kept=tuple(kept), num_evals=num_evals)
+
+
 def _attach(
-    f: Map,
+    problem: Problem,
     solution: Solution,
+    measures: Measures,
+    solver: Solver,
     adjoint_solve: LinearSolve,
     checkpoint: bool = False,
     twice: bool = False,
 ) -> Solution:
-    """The solution with a differentiable value: one evaluation of `f` with a graph (two if `twice`)."""
-    if solution.result is Result.NONFINITE or not torch.is_grad_enabled():
-        return solution
+    """Return the solution with a differentiable value: one evaluation of `f` with a graph (two if `twice`)."""
+    if not torch.is_grad_enabled():
+        return _with_kept_states(problem, solution)
     z = solution.value.requires_grad_()
-    fz = recompute(f, z, use_reentrant=False) if checkpoint else f(z)
+    evaluate = problem.evaluate
+    fz, _, measured = recompute(evaluate, z, use_reentrant=False) if checkpoint else evaluate(z)
     solution = solution._replace(value=z.detach(), num_evals=solution.num_evals + 1)
-    if not _needs_gradient(fz, z):
-        return solution
-    rule = _Rule(adjoint_solve, in_current_autocast(f, z.device.type) if checkpoint else None)
+    solution = _confirmed(solution, measures(fz, measured), problem, solver)
+    rule = _Rule(adjoint_solve, in_current_modes(problem.__call__, z.device.type) if checkpoint else None)
     if not twice:
-        return solution._replace(value=_Equilibrium.apply(fz, z, rule))
+        return _with_kept_states(problem, solution, _Equilibrium.apply(fz, z, rule))
     # The first value has right first derivatives only. Evaluating f there connects z* to its own dependence on the
     # parameters, and the second node's gradient, (u, v - u), then has right derivatives itself.
-    first = _Equilibrium.apply(fz, z, _Rule(adjoint_solve, inner=True))
-    value = _Equilibrium.apply(f(first), first, _Rule(adjoint_solve, connected=True))
-    return solution._replace(value=value, num_evals=solution.num_evals + 1)
+    first = _Equilibrium.apply(fz, z, _Rule(adjoint_solve, linear=True))
+    value = _Equilibrium.apply(problem(first), first, _Rule(adjoint_solve, connected=True))
+    return _with_kept_states(problem, solution._replace(num_evals=solution.num_evals + 1), value)
 
 
 @dataclass(frozen=True)
 class _Rule:
-    solve: LinearSolve
+    solve: LinearSolve | None  # None passes the gradient on as it is
     evaluate: Map | None = None  # f, where the graph was not kept
     connected: bool = False  # z has a history: the node answers for second derivatives
-    inner: bool = False  # below a connected node, whose second derivatives do not pass here
+    linear: bool = False  # below a connected node: its derivative is linear in v, which a Hessian product needs
+    barrier: bool = False  # what a derivative of third order would have to pass, and must not
+    products: Map | None = None  # in place of those of the graph, with their transposed ones
+    transposed: Map | None = None
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -231,8 +340,10 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (v,) = grad_outputs
         (fz, z), rule = ctx.saved_tensors, ctx.rule
-        twice = torch.is_grad_enabled() and not rule.inner
-        if twice and not rule.connected:
+        if rule.solve is None:
+            return v, None, None
+        twice = torch.is_grad_enabled()
+        if twice and not (rule.connected or rule.linear):
             raise RuntimeError(
                 "second derivatives of an equilibrium (create_graph=True) need "
                 "ImplicitAdjoint(twice_differentiable=True); derivatives of third order are not supported"
@@ -248,48 +359,120 @@ class _Equilibrium(torch.autograd.Function):
                     "ImplicitAdjoint(checkpoint=True) cannot evaluate it again; run backward before changing anything"
                 )
         with torch.no_grad():
-            u = rule.solve(lambda u: _product(fz, z, u), v.detach())
+            products = rule.products or _Products(fz, z)
+            u = _solved(rule.solve, products, v)
+        if twice and rule.linear:
+            if rule.barrier:
+                barrier = fz.clone()
+                barrier.register_hook(_refuse_third_order)
+                v = v + (barrier - barrier.detach())
+            transposed = rule.transposed or _transposed_products(fz, z)
+            linear = _Rule(rule.solve, linear=True, products=transposed, transposed=products)
+            return _Equilibrium.apply(v, u, linear), None, None
         if twice:
             # u solves u = J^T u + v, again an equilibrium: it depends on v, and on the parameters and z* through J.
             u = u.requires_grad_()
-            u = _Equilibrium.apply(_product(fz, z, u) + v, u, _Rule(rule.solve))
+            u = _Equilibrium.apply(_product(fz, z, u) + v, u, _Rule(rule.solve, linear=True, barrier=True))
         # Autograd adds J^T u to the gradient of a connected z; only the part that u does not cover may go on.
         return u, (v - u if rule.connected else None), None
 
 
+def _solved(solve: LinearSolve, products: Map, v: Tensor) -> Tensor:
+    try:
+        return solve(products, v.detach())
+    except RuntimeError as error:
+        if "atching rule" not in str(error):
+            raise
+        raise NotImplementedError(
+            "gradients in batches (is_grads_batched, or vectorize=True of torch.autograd.functional) cannot pass "
+            "through an equilibrium; take them one by one (vectorize=False)"
+        ) from error
+
+
+def _refuse_third_order(gradient: Tensor) -> Tensor:
+    raise RuntimeError("derivatives of an equilibrium of third order are not supported")
+
+
+def _transposed_products(fz: Tensor, z: Tensor) -> Map:
+    """Return `w -> J w`: the derivative of the linear map `u -> J^T u`."""
+    u = torch.zeros_like(fz).requires_grad_()
+    product = _product(fz, z, u)
+    return lambda w: torch.autograd.grad(product, u, w, retain_graph=True, materialize_grads=True)[0]
+
+
+class _Products:
+    """`u -> J^T u` with `J = df/dz`, from the graph of `f(z)`."""
+
+    def __init__(self, fz: Tensor, z: Tensor) -> None:
+        self._fz, self._z, self._first = fz, z, True
+
+    def __call__(self, u: Tensor) -> Tensor:
+        if not self._first:
+            return _product(self._fz, self._z, u)
+        self._first = False
+        watch = _LeafWatch()
+        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda tensor: tensor):
+            value = _product(self._fz, self._z, u)
+        watch.check()
+        return value
+
+
+class _LeafWatch:
+    """Notices a nested backward pass, which would add each product of a solve to the gradients of parameters.
+
+    A function that differentiates a graph of its own inside its backward saves tensors while it does so.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, Tensor | None, int]] = []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        if tensor.is_leaf and tensor.requires_grad:
+            gradient = tensor.grad
+            self._seen.append((tensor, gradient, 0 if gradient is None else gradient._version))
+        return tensor
+
+    def check(self) -> None:
+        for leaf, gradient, version in self._seen:
+            now = leaf.grad
+            if now is not gradient or (now is not None and now._version != version):
+                raise RuntimeError(
+                    "f runs a backward pass of its own inside its backward (an autograd.Function that calls "
+                    "torch.autograd.backward), which a solve of many products would add up; let it use "
+                    "torch.autograd.grad and return the gradients, or torch.utils.checkpoint with use_reentrant=False"
+                )
+
+
 def _product(fz: Tensor, z: Tensor, u: Tensor) -> Tensor:
-    """`J^T u` with `J = df/dz`, from the graph of `f(z)`; itself differentiable where gradients are enabled."""
+    """Return `J^T u`, itself differentiable where gradients are enabled."""
     create = torch.is_grad_enabled()
     try:
         (gradient,) = torch.autograd.grad(fz, z, u, retain_graph=True, create_graph=create, materialize_grads=True)
     except RuntimeError as error:
-        if "donated" not in str(error):
-            raise
-        raise RuntimeError(
-            "f was compiled for a single backward pass, but a backward solve makes many; set "
-            "torch._functorch.config.donated_buffer = False before the compiled f runs for the first time"
-        ) from error
+        if "donated" in str(error):
+            raise RuntimeError(
+                "f was compiled for a single backward pass, but a backward solve makes many; set "
+                "torch._functorch.config.donated_buffer = False before the compiled f runs for the first time"
+            ) from error
+        if "use_reentrant" in str(error):
+            raise RuntimeError(
+                "f uses reentrant checkpointing, which cannot give the products that a backward solve needs; call "
+                "torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            ) from error
+        raise
     return gradient
 
 
-def _needs_gradient(fz: Tensor, z: Tensor) -> bool:
-    """Whether anything besides `z` wants a gradient through `fz`."""
-    pending, seen = [fz.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # only the nodes of leaves have one
-        if leaf is not None and leaf is not z:
-            return True
-        pending += [parent for parent, _ in node.next_functions]
-    return False
+def _dual_unit(v: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return powers of two that bring `v` to one, `(B, 1)`, or `(B, N)` where the parts of `z` lie far apart.
 
-
-def first_nonfinite(solution: Solution) -> int:
-    """The step, counted from one, at which the first sample broke."""
-    return 1 + int(torch.isnan(solution.trace).any(dim=1).int().argmax())
+    A gradient with respect to a part of large numbers is small where it matters as much as that of the other parts.
+    """
+    shape = unit_of(z, sizes)
+    dual = 1.0 / shape if shape is not None and shape.shape[1] > 1 else torch.ones_like(v[:, :1])
+    largest = (v / dual).abs().amax(dim=1, keepdim=True) if v.numel() else dual
+    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    return dual * torch.exp2(torch.frexp(largest)[1].to(v.dtype))
 
 
 def _check_positive(name: str, value: int, owner: object) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from deepeq.adjoint import Adjoint
-from deepeq.norms import ratio, two_norm
-from deepeq.packing import Packing
+from deepeq.adjoint import Adjoint, OnFailure, tracked
+from deepeq.norms import ratio, safe_two_norm
+from deepeq.packing import Norm, Packing
 from deepeq.solution import Result, Solution
-from deepeq.solve import check_rules, fixed_point
+from deepeq.solve import Nonfinite, check_rules, fixed_point, without_compiling
 from deepeq.solvers import Solver
 
 
@@ -59,10 +59,7 @@ class _TiedLayer(nn.Module, ABC):
 
     @abstractmethod
     def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
-        """The state that the layer returns for a map of `prepare`."""
-
-    def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
-        return self.solve(*self.prepare(x, z0, memory))
+        """Return the Solution of the layer for a map of `prepare`."""
 
 
 class DEQ(_TiedLayer):
@@ -77,7 +74,12 @@ class DEQ(_TiedLayer):
         cell: The map, pure in `z` for a given injection.
         solver: Forward solver; default `Broyden()`.
         adjoint: How gradients are computed; default `ImplicitAdjoint()`.
-        throw: Raise `ConvergenceError` also when the step limit is reached.
+        batch_dims: Number of leading dimensions of the state that index independent problems; 0 for one coupled state.
+        norm: What is compared with the tolerances, as in `fixed_point`.
+        on_failure: What happens when a problem misses its tolerance: `"ignore"`, `"warn"` or `"raise"`.
+        nonfinite: What happens when a value is not finite: `"raise"` or `"keep"`, as in `fixed_point`.
+        verify: Check that the problems do not depend on each other, as in `fixed_point`.
+        throw: Older spelling of `on_failure="raise"`.
     """
 
     def __init__(
@@ -86,14 +88,66 @@ class DEQ(_TiedLayer):
         *,
         solver: Solver | None = None,
         adjoint: Adjoint | None = None,
+        batch_dims: int = 1,
+        norm: Norm = "parts",
+        on_failure: OnFailure = "warn",
+        nonfinite: Nonfinite = "raise",
+        verify: bool = True,
         throw: bool = False,
     ) -> None:
         super().__init__(cell)
         self.solver, self.adjoint = check_rules(solver, adjoint)
-        self.throw = throw
+        self.batch_dims, self.norm, self.verify = batch_dims, norm, verify
+        self.on_failure, self.nonfinite = "raise" if throw else on_failure, nonfinite
 
-    def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
-        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, throw=self.throw)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that make another layer like this one."""
+        names = ("solver", "adjoint", "batch_dims", "norm", "on_failure", "nonfinite", "verify")
+        return {name: getattr(self, name) for name in names}
+
+    @without_compiling
+    def forward(
+        self,
+        x: Any,
+        z0: Any = None,
+        memory: Any = None,
+        *,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        segments: Tensor | None = None,
+        keep: Sequence[int] = (),
+        callback: Callable[[int, Any, Tensor], None] | None = None,
+    ) -> Solution:
+        """Return the equilibrium; a solver or an adjoint given here stands in for the layer's own in this call.
+
+        Args:
+            x: The input.
+            z0: First state; default that of the cell.
+            memory: What the cell's `inject` takes besides the input.
+            solver: Forward solver of this call.
+            adjoint: Gradients of this call.
+            segments: Problem of each row of the state, as in `fixed_point`.
+            keep: Steps whose states are returned too, as in `fixed_point`.
+            callback: Observer of each step, as in `fixed_point`.
+        """
+        f, z0 = self.prepare(x, z0, memory)
+        return self.solve(f, z0, solver=solver, adjoint=adjoint, segments=segments, keep=keep, callback=callback)
+
+    def solve(
+        self,
+        f: Callable[[Any], Any],
+        z0: Any,
+        *,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        segments: Tensor | None = None,
+        keep: Sequence[int] = (),
+        callback: Callable[[int, Any, Tensor], None] | None = None,
+    ) -> Solution:
+        options = self.options
+        options |= {name: rule for name, rule in (("solver", solver), ("adjoint", adjoint)) if rule is not None}
+        return fixed_point(f, z0, segments=segments, keep=keep, callback=callback, **options)
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, adjoint={self.adjoint}"
@@ -103,64 +157,88 @@ class Unrolled(_TiedLayer):
     """The explicit stack of `depth` tied layers, `z <- cell(z, x)`, with ordinary backpropagation (eq. 3).
 
     Called like `DEQ`: the baseline, the warm-up network and the gradient oracle are one object away. Its Solution does
-    not claim an equilibrium: `residual` is that of the state before the last layer, and nothing is `converged`.
+    not claim an equilibrium: the residuals are those of the state before the last layer, and nothing is `converged`.
 
     Args:
         cell: The map, as in `DEQ`.
-        depth: Number of layers.
+        depth: Number of layers that gradients pass through.
+        no_grad_depth: Number of layers before them, which run without a graph (truncated backpropagation).
         checkpoint: Keep only about `sqrt(depth)` states between forward and backward, and compute the layers between
             them twice (Chen et al. 2016, Training deep nets with sublinear memory cost).
-        keep_every: Return the states after every so many layers, but for the last, in `Solution.intermediate`, for
-            auxiliary losses; 0 for none.
+        keep_every: Return the states after every so many of the `depth` layers, but for the last, in `Solution.kept`,
+            for auxiliary losses; 0 for none.
 
     Raises:
-        ValueError: `depth` is not a whole number >= 1, or `keep_every` not one >= 0.
+        ValueError: `depth` is not a whole number >= 1, or `no_grad_depth` or `keep_every` not one >= 0.
     """
 
-    def __init__(self, cell: nn.Module, depth: int, *, checkpoint: bool = False, keep_every: int = 0) -> None:
+    def __init__(
+        self, cell: nn.Module, depth: int, *, no_grad_depth: int = 0, checkpoint: bool = False, keep_every: int = 0
+    ) -> None:
         super().__init__(cell)
-        for name, value, least in (("depth", depth, 1), ("keep_every", keep_every, 0)):
+        counts = (("depth", depth, 1), ("no_grad_depth", no_grad_depth, 0), ("keep_every", keep_every, 0))
+        for name, value, least in counts:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} of Unrolled must be a whole number >= {least}")
-        self.depth, self.checkpoint, self.keep_every = depth, checkpoint, keep_every
+        self.depth, self.no_grad_depth = depth, no_grad_depth
+        self.checkpoint, self.keep_every = checkpoint, keep_every
+
+    def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
+        return self.solve(*self.prepare(x, z0, memory))
 
     def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
         packing = Packing(z0)
 
         def layers(z: Any, first: int, last: int) -> tuple[Any, list[Any], Tensor]:
             kept, residuals = [], []
-            for layer in range(first, last):
+            for layer in range(first + 1, last + 1):
                 z, z_before = f(z), z
                 with torch.no_grad():
-                    residuals.append(_relative_residual(packing.pack(z_before, "z0"), packing.pack(z, "the cell")))
-                if self.keep_every and (layer + 1) % self.keep_every == 0 and layer + 1 < self.depth:
+                    residuals.append(_residuals(packing.pack(z_before, "z0"), packing.pack(z, "the cell")))
+                if self.keep_every and layer % self.keep_every == 0 and 0 < layer < self.depth:
                     kept.append(z)
             return z, kept, torch.stack(residuals)
 
-        z, intermediate, trace = z0, [], []
+        z, kept, history = z0, [], []
+        if self.no_grad_depth:
+            with torch.no_grad():
+                z, _, residuals = layers(z, -self.no_grad_depth, 0)
+            history.append(residuals)
+        # An f that hides its parameters from autograd gets gradients only where its argument asks for one.
+        z = pytree.tree_map_only(Tensor, tracked, z)
         stride = math.isqrt(self.depth - 1) + 1 if self.checkpoint else self.depth
         for first in range(0, self.depth, stride):
             arguments = (z, first, min(first + stride, self.depth))
             if self.checkpoint and torch.is_grad_enabled():
-                z, kept, residuals = checkpoint(layers, *arguments, use_reentrant=False)
+                z, states, residuals = checkpoint(layers, *arguments, use_reentrant=False)
             else:
-                z, kept, residuals = layers(*arguments)
-            intermediate += kept
-            trace.append(residuals)
-        residuals = torch.cat(trace)  # (depth, B)
-        steps = torch.full((packing.batch_size,), self.depth, device=residuals.device)
-        never = torch.zeros_like(steps, dtype=torch.bool)
+                z, states, residuals = layers(*arguments)
+            kept += states
+            history.append(residuals)
+        residuals = torch.cat(history)  # (layers, 2, B)
+        steps = torch.full((packing.batch_size,), len(residuals), device=residuals.device)
         return Solution(
-            z, residuals[-1], never, steps, self.depth, Result.MAX_STEPS, residuals, intermediate=tuple(intermediate)
+            value=z,
+            residual=residuals[-1, 0],
+            converged=torch.zeros_like(steps, dtype=torch.bool),
+            num_steps=steps,
+            num_evals=len(residuals),
+            result=Result.MAX_STEPS,
+            trace=residuals[:, 0],
+            absolute_residual=residuals[-1, 1],
+            kept=tuple(kept),
         )
 
     def extra_repr(self) -> str:
-        return f"depth={self.depth}, checkpoint={self.checkpoint}, keep_every={self.keep_every}"
+        layers = f"depth={self.depth}, no_grad_depth={self.no_grad_depth}"
+        return f"{layers}, checkpoint={self.checkpoint}, keep_every={self.keep_every}"
 
 
 def _zeros_like(x: Any) -> Any:
     return pytree.tree_map(torch.zeros_like, x)
 
 
-def _relative_residual(z: Tensor, fz: Tensor) -> Tensor:
-    return ratio(two_norm(fz - z), two_norm(fz))
+def _residuals(z: Tensor, fz: Tensor) -> Tensor:
+    """Return the relative and the absolute residual of each state, `(2, B)`."""
+    distance = safe_two_norm(fz - z)
+    return torch.stack([ratio(distance, safe_two_norm(fz)), distance]).to(fz.dtype)

@@ -1,84 +1,363 @@
-"""The only loop that evaluates `f`."""
+"""The search loop: it evaluates `f`, measures residuals, and decides when each problem is done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from deepeq.norms import ratio, two_norm
+from deepeq.diagnosis import explain_inconsistency, explain_nonfinite, explain_steps
+from deepeq.norms import ratio, safe_two_norm
+from deepeq.packing import Map
 from deepeq.solution import Result, Solution
 from deepeq.solvers.base import Solver
 
-Map = Callable[[Tensor], Tensor]
+Value = TypeVar("Value")
+OnStep = Callable[[int, Tensor, Tensor], None]
+"""Receives the step (counted from 1), the point `(B, N)` and the relative residuals `(B,)` after each evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is searched for: `z = f(z)`, or `g(z) = 0`, for `B` problems of `N` numbers each.
+
+    Called with a point, it returns `f(z)`; for a root, `f(z) = z + scale g(z)` has it as its fixed point.
+    """
+
+    function: Map
+    """`f`, or `g` for a root."""
+    norm: Callable[[Tensor], Tensor] = safe_two_norm
+    """What is measured, `(B, N) -> (B,)`, or `(B, P)` where the worst of `P` numbers counts."""
+    sizes: Sequence[int] = ()
+    """Columns of each part of the state, where there are several parts."""
+    root: bool = False
+    scale: Tensor | None = None
+    """Scale and sign of `g` for the solvers, `(B, 1)`."""
+    first: Tensor | None = None
+    """Value of `function` at the first point where it is known; the first step is then free, and counts."""
+    verify: bool = True
+    """Check that the residuals of all problems hold together at the returned state."""
+    linear: bool = False
+    """The map is the affine one of a backward pass, which asks for other advice."""
+    name: str = "f"
+    """What `function` is called in messages."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.evaluate(z)[0]
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `f(z)`, `f(z) - z`, and what is measured: the same difference, or `g(z)` for a root."""
+        return self.complete(self.function(z), z)
+
+    def complete(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same, from the value of `function` at `z`."""
+        if not self.root:
+            g = value - z
+            return value, g, g
+        g = value if self.scale is None else self.scale * value
+        return z + g, g, value
+
+
+class Measured(NamedTuple):
+    """What one evaluation says of each problem, `(B,)` each."""
+
+    error: Tensor  # the residual over the tolerance: at most one where a problem has converged
+    relative: Tensor
+    absolute: Tensor
+    total: Tensor  # finite where all is
+
+
+class Measures:
+    """The residuals of points, for one search."""
+
+    def __init__(self, problem: Problem, solver: Solver) -> None:
+        self._problem, self._rtol, self._atol = problem, solver.rtol, solver.atol
+        self._first: Tensor | None = None  # ||g(z0)||, what the residuals of a root are relative to
+
+    def __call__(self, fz: Tensor, measured: Tensor) -> Measured:
+        if measured.requires_grad:
+            fz, measured = fz.detach(), measured.detach()
+        distance = self._problem.norm(measured)
+        if self._problem.root:
+            if self._first is None:
+                # A part of g that is zero at z0 has no size of its own.
+                largest = distance if distance.ndim == 1 else distance.amax(dim=1, keepdim=True)
+                self._first = torch.where(distance > 0, distance, largest)
+            scale = self._first
+        else:
+            scale = self._problem.norm(fz)
+        relative = distance / (scale + torch.finfo(scale.dtype).tiny)  # 0 / 0 is 0
+        tolerance = self._rtol * scale + self._atol if self._atol else None
+        error = relative / self._rtol if tolerance is None else ratio(distance, tolerance)
+        rows = Measured(error, relative, distance, distance + scale)
+        return rows if distance.ndim == 1 else Measured(*(row.amax(dim=1) for row in rows))
 
 
 def iterate(
-    f: Map, solver: Solver, z0: Tensor, *, f_z0: Tensor | None = None, check_every: int | None = None
+    problem: Problem,
+    solver: Solver,
+    z0: Tensor,
+    *,
+    check_every: int | None = None,
+    keep: Sequence[int] = (),
+    on_step: OnStep | None = None,
+    measures: Measures | None = None,
+    confirm: bool = True,
 ) -> Solution:
-    """The best point that `solver` finds for `z = f(z)`, sample by sample.
+    """Return the best point that `solver` finds, problem by problem.
 
-    Each step evaluates `f` once, measures `||f(z) - z||` for each sample, keeps the point that is nearest to its
-    tolerance (`z0` included), freezes the samples that are done, and asks the solver for the next point. A sample
-    that is done never changes again, whatever its batch mates need. The loop ends when all are done, at `max_steps`,
-    or at a non-finite value, and raises nothing.
+    Each step evaluates `f` once, measures the residual of each problem, keeps the point that is nearest to its
+    tolerance (`z0` included), freezes the problems that are done, and asks the solver for the next point. A problem
+    that is done never changes again, whatever its batch mates need. The loop ends when all are done, or at
+    `max_steps`, and raises nothing.
+
+    Whether problems that finished at different steps are independent is checked at the end, from the last evaluation
+    where it was made at the returned state, else by one more (`problem.verify`).
 
     Args:
-        f: Map `(B, N) -> (B, N)`.
+        problem: What is searched for.
         solver: The rule and its tolerances.
         z0: First point, `(B, N)`.
-        f_z0: `f(z0)` where it is known without an evaluation; the first step is then free, and counts.
-        check_every: Steps between two looks at whether all samples are done: one on the CPU, four elsewhere, where each
-            look waits for the device.
+        check_every: Steps between two looks at whether all problems are done: one on the CPU, four elsewhere, where
+            each look waits for the device.
+        keep: Steps, counted from 1, whose points are returned in `kept`; where the search ended earlier, the value.
+        on_step: Observer of each step.
+        measures: What measures; a caller that measures the returned state again hands it over.
+        confirm: Make the evaluation that `problem.verify` asks for; a caller that makes it anyway says no.
 
     Returns:
-        A Solution with a `(B, N)` value.
+        A Solution with a `(B, N)` value, and pairs of points and their `f(z)` (or None) in `kept`.
     """
     check_every = check_every or (1 if z0.device.type == "cpu" else 4)
-    f = in_current_autocast(f, z0.device.type)
-    batch_size = z0.shape[0]
-    done = torch.zeros(batch_size, dtype=torch.bool, device=z0.device)
-    best = torch.full((batch_size,), torch.inf, dtype=z0.dtype, device=z0.device)
-    num_steps = torch.zeros(batch_size, dtype=torch.int64, device=z0.device)
-    z, value, residual, trace, num_evals = z0, z0, best, [], 0
-    broken = torch.zeros_like(done)
-    with torch.autocast(z0.device.type, enabled=False):
-        state = solver.init(z0)
-        for step in range(solver.max_steps):
-            if step == 0 and f_z0 is not None:
-                fz = f_z0
-            else:
-                fz, num_evals = f(z), num_evals + 1
-            with torch.no_grad():
-                distance, scale = two_norm(fz - z), two_norm(fz)
-                error = ratio(distance, solver.atol + solver.rtol * scale)  # at most 1 where converged
-                broken = broken | (~done & ~torch.isfinite(distance))
-                better = ~done & (error <= best)
-                best = torch.where(better, error, best)
-                residual = torch.where(better, ratio(distance, scale), residual)
-                relative = ratio(distance, scale).masked_fill(broken, torch.nan)
-                trace.append(torch.where(done, trace[-1], relative) if trace else relative)
-                num_steps += ~done
-                done = done | (error <= 1.0) | broken
-            value = torch.where(better.unsqueeze(1), z, value)
-            if step + 1 == solver.max_steps or ((step + 1) % check_every == 0 and bool(done.all() | broken.any())):
+    measures = measures or Measures(problem, solver)
+    evaluate = _Counted(problem, in_current_modes(problem.evaluate, z0.device.type))
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    with _modes_of_algebra(z0.device.type):
+        # A clone of an inference tensor has a version counter, which shows changes in place.
+        z = z0.clone() if z0.is_inference() else z0
+        search, rule, unit, state = _Search(z, solver), solver, None, None
+        for step in range(1, solver.max_steps + 1):
+            known = problem.first if step == 1 else None
+            fz, g, measured = evaluate(z) if known is None else problem.complete(known, z)
+            search.record(z, measures(fz, measured))
+            if on_step is not None:
+                on_step(step, z, search.log[-1].relative)
+            if step in keep:
+                kept[step] = (z, fz)
+            if step == solver.max_steps or (step % check_every == 0 and search.all_done()):
                 break
-            z_next, state = solver.step(z, fz, state)
-            z = torch.where(done.unsqueeze(1), z, z_next)
-    converged = best <= 1.0
-    result = Result.CONVERGED if bool(converged.all()) else Result.MAX_STEPS
-    if bool(broken.any()):
-        result = Result.NONFINITE
-    return Solution(value, residual, converged, num_steps, num_evals, result, torch.stack(trace))
+            if step == 1:
+                unit = unit_of(g, problem.sizes)
+                rule = solver.bind(evaluate.residual_in(unit))
+                state = rule.init(z if unit is None else z / unit)
+            if unit is None:
+                z_next, state = rule.step(z, fz, g, state)
+            else:
+                z_next, state = rule.step(z / unit, fz / unit, g / unit, state)
+                z_next = z_next * unit
+            z = search.next_point(z_next)
+        solution, joint = search.outcome(problem, evaluate.count)
+        if problem.verify and joint is None and confirm:
+            fz, _, measured = evaluate(search.value)
+            joint = measures(fz, measured)
+            solution = solution._replace(num_evals=evaluate.count)
+        if problem.verify and joint is not None:
+            solution = reconcile(solution, joint, problem, solver)
+    return solution._replace(kept=tuple(kept.get(step, (search.value, None)) for step in keep))
 
 
-def in_current_autocast(f: Map, device_type: str) -> Map:
-    """`f` under the autocast setting of now, wherever it is called: solver algebra runs without autocast."""
-    if not torch.is_autocast_enabled(device_type):
+class _Search:
+    """The best points so far, and which problems are still running."""
+
+    def __init__(self, z0: Tensor, solver: Solver) -> None:
+        self.value = z0
+        self.log: list[Measured] = []
+        self._solver, self._may_look = solver, z0.device.type == "cpu"
+        self._running = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
+        self._best_error = torch.full((len(z0),), torch.inf, device=z0.device)
+        self._ran: list[Tensor] = []  # which problems took part in each step
+        self._improved: list[Tensor] = []  # which problems took their value from each step
+        self._num_nonfinite = torch.zeros(len(z0), dtype=torch.int64, device=z0.device)  # consecutive ones
+
+    def record(self, z: Tensor, measured: Measured) -> None:
+        """Note the residuals of a point, keep it where it is the best one, and see which problems are done."""
+        self.log.append(measured)
+        error, _, absolute, total = measured
+        reached, active = error <= 1.0, self._running & (total < torch.inf)
+        # A point that is farther from a solution than z0 can have a smaller relative residual: it is far away.
+        better = (error <= self._best_error) & ((absolute <= self.log[0].absolute) | reached) & active
+        self._best_error = torch.where(better, error, self._best_error)
+        self.value = self._choose(better, z, self.value)
+        self._ran.append(self._running)
+        self._improved.append(better)
+        patience = self._solver.nonfinite_patience
+        if patience and len(self.log) > 1:
+            self._num_nonfinite = torch.where(self._running & ~active, self._num_nonfinite + 1, 0)
+            active = self._running & (self._num_nonfinite <= patience)
+        if len(self.log) >= self._solver.min_steps:
+            reached = self._best_error <= 1.0 if self._solver.min_steps else reached
+            active = active & ~reached
+        self._running = active
+
+    def all_done(self) -> bool:
+        return not self._running.any()
+
+    def next_point(self, z_next: Tensor) -> Tensor:
+        """Return the next point, with the problems that are done at their values."""
+        return self._choose(self._running, z_next, self.value)
+
+    def _choose(self, mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if self._may_look:  # cheaper than copying
+            if mask.all():
+                return a
+            if not mask.any():
+                return b
+        return torch.where(mask.unsqueeze(1), a, b)
+
+    def outcome(self, problem: Problem, num_evals: int) -> tuple[Solution, Measured | None]:
+        """Return the solution, and the residuals of all problems together where its value was evaluated as one point.
+
+        A problem that was done stayed at its value while others went on, so the step that the last of them took its
+        value from has measured all.
+        """
+        dtype, size = self.value.dtype, len(self.value)
+        if not self.log:
+            unknown = self.value.new_full((size,), torch.inf)
+            steps = torch.zeros(size, dtype=torch.int64, device=self.value.device)
+            history = unknown.new_zeros((0, size))
+            solution = Solution(
+                self.value, unknown, unknown < 0, steps, num_evals, Result.MAX_STEPS, history, absolute_residual=unknown
+            )
+            return solution._replace(message=explain_steps(solution, self._solver, unknown)), None
+        number = torch.arange(1, len(self.log) + 1, device=self.value.device).unsqueeze(1)  # of each step
+        num_steps = torch.stack(self._ran).sum(dim=0)
+        best_step = (torch.stack(self._improved) * number).amax(dim=0)  # 0: the first point was not finite
+        relative, absolute, total = (torch.stack(rows) for rows in list(zip(*self.log, strict=True))[1:])
+        best = (best_step - 1).clamp_min(0).unsqueeze(0)
+        relative = relative.masked_fill(~(total < torch.inf), torch.nan)
+        converged = self._best_error <= 1.0
+        if len(self.log) < self._solver.min_steps:
+            converged = torch.zeros_like(converged)
+        solution = Solution(
+            self.value,
+            relative.gather(0, best).squeeze(0).to(dtype),
+            converged,
+            num_steps,
+            num_evals,
+            Result.CONVERGED,
+            relative.gather(0, torch.minimum(number, num_steps) - 1).to(dtype),
+            absolute.gather(0, best).squeeze(0).to(dtype),
+        )
+        broken = ~converged & ~self._running
+        if bool(broken.any()):
+            message = explain_nonfinite(solution, broken, problem.name)
+            solution = solution._replace(result=Result.NONFINITE, message=message)
+        elif not bool(converged.all()):
+            message = explain_steps(solution, self._solver, self.log[0].absolute, linear=problem.linear)
+            solution = solution._replace(result=Result.MAX_STEPS, message=message)
+        last = int(best_step.max()) if size else 0
+        together = (best_step == last) | (~self._running & (num_steps < last))
+        return solution, self.log[last - 1] if last and bool(together.all()) else None
+
+
+@dataclass
+class _Counted:
+    """Evaluations of a problem, counted, also those that a rule makes itself."""
+
+    problem: Problem
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    count: int = field(default=0)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.count += 1
+        return self.evaluate(z)
+
+    def residual_in(self, unit: Tensor | None) -> Map:
+        """Return `g`, of states in that unit."""
+        if unit is None:
+            return lambda z: self(z)[1]
+        return lambda z: self(z * unit)[1] / unit
+
+
+def reconcile(solution: Solution, joint: Measured, problem: Problem, solver: Solver) -> Solution:
+    """Return the solution with what one evaluation of all problems together says of it.
+
+    Problems that are solved one by one, although they depend on each other, reach their tolerances at different times,
+    and the earlier ones are wrong when the later ones have moved. Where that evaluation contradicts what was claimed,
+    nobody is called converged, and the true residuals are reported.
+    """
+    error, relative, absolute, _ = joint
+    dtype = solution.value.dtype
+    noise = 30 * torch.finfo(dtype).eps  # one map may take different kernels with gradients and without
+    device_type = solution.value.device.type
+    if torch.is_autocast_enabled(device_type):
+        noise = max(noise, 4 * torch.finfo(torch.get_autocast_dtype(device_type)).eps)
+    claimed = solution.converged
+    tolerated = 1.01 + (noise / solver.rtol if solver.rtol else 0.0)
+    lost = claimed & ~(error <= tolerated)
+    known = torch.isfinite(solution.residual)
+    differs = known & ~((relative - solution.residual).abs() <= 0.1 * solution.residual + noise)
+    wrong = lost | (differs & ~claimed & ~torch.isnan(relative))
+    if not bool(wrong.any()):
+        return solution
+    result = Result.MAX_STEPS if solution.result is Result.CONVERGED else solution.result
+    solution = solution._replace(
+        residual=relative.to(dtype),
+        absolute_residual=absolute.to(dtype),
+        converged=torch.zeros_like(claimed) if bool(lost.any()) else claimed,
+        result=result,
+    )
+    message = explain_inconsistency(solution, problem.name)
+    return solution._replace(message=f"{solution.message}; {message}" if solution.message else message)
+
+
+def unit_of(g: Tensor, sizes: Sequence[int]) -> Tensor | None:
+    """Return powers of two that bring `g` near one, `(B, 1)` or per part `(B, N)`; None where it is near enough.
+
+    Squares of numbers around 1e-25 and 1e25 leave the range of float32. A part of huge numbers would leave a rule
+    blind for the others. A power of two changes no digit.
+    """
+    if not g.numel():
+        return None
+    parts = g.detach().split(list(sizes), dim=1) if len(sizes) > 1 else [g.detach()]
+    largest = torch.stack([part.abs().amax(dim=1) for part in parts if part.shape[1]], dim=1)  # (B, P)
+    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, torch.nan)
+    exponents = torch.frexp(largest.nan_to_num(1.0))[1].to(g.dtype).masked_fill(largest.isnan(), torch.nan)
+    seen = exponents.nan_to_num(0.0)
+    apart = exponents.nan_to_num(-torch.inf).amax(dim=1) - exponents.nan_to_num(torch.inf).amin(dim=1)
+    if bool((apart > 20).any()):  # the parts of a problem lie a factor of a million apart
+        columns = torch.tensor([size for size in sizes if size], device=g.device)
+        return torch.exp2(seen).repeat_interleave(columns, dim=1)
+    if bool((seen.abs() > 20).any()):
+        return torch.exp2(exponents.nan_to_num(-torch.inf).amax(dim=1, keepdim=True).nan_to_num(neginf=0.0))
+    return None
+
+
+@contextmanager
+def _modes_of_algebra(device_type: str) -> Iterator[None]:
+    """Solver algebra runs without autocast, and on tensors whose changes in place are counted."""
+    with torch.autocast(device_type, enabled=False):
+        if not torch.is_inference_mode_enabled():
+            yield
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+
+def in_current_modes(f: Callable[[Tensor], Value], device_type: str) -> Callable[[Tensor], Value]:
+    """Return `f` under the autocast and inference modes of now, wherever it is called."""
+    autocast, inference = torch.is_autocast_enabled(device_type), torch.is_inference_mode_enabled()
+    if not autocast and not inference:
         return f
     dtype, cache = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
 
-    def evaluate(z: Tensor) -> Tensor:
-        with torch.autocast(device_type, dtype=dtype, cache_enabled=cache):
+    def evaluate(z: Tensor) -> Value:
+        with (
+            torch.inference_mode() if inference else nullcontext(),  # inference_mode(False) would enable gradients
+            torch.autocast(device_type, dtype=dtype, cache_enabled=cache, enabled=autocast),
+        ):
             return f(z)
 
     return evaluate

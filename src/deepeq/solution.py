@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class Result(Enum):
-    """Outcome of a solve; the value is the sentence for the user."""
+    """Outcome of a solve; the value is a general sentence, `Solution.message` has the one for the case."""
 
-    CONVERGED = "every sample reached its tolerance"
+    CONVERGED = "every problem reached its tolerance"
     MAX_STEPS = (
-        "the step limit was reached before every sample converged: raise max_steps, loosen rtol (or set atol where the "
-        "equilibrium itself is near zero), try another solver, or regularize the map (deepeq.jacobian_penalty)"
+        "not every problem reached its tolerance: raise max_steps, loosen rtol (or set atol where the equilibrium "
+        "itself is near zero), try another solver, or regularize the map (deepeq.jacobian_penalty)"
     )
     NONFINITE = (
         "a non-finite value appeared: look for NaN in the inputs and parameters, then for a diverging iteration "
@@ -23,25 +23,30 @@ class Result(Enum):
 class Solution(NamedTuple):
     """An equilibrium and how it was found.
 
-    A solve converged when every sample did.
+    Numbers per problem are `(B,)`, for `B` problems; with `batch_dims >= 2` they have the leading shape of `z0`.
+    Norms are those of the `norm` that the solve was given. A solve converged when every problem did.
     """
 
     value: Any
     """The returned state, with the structure of `z0`; differentiable when gradients are enabled."""
     residual: Tensor
-    """`||f(z) - z|| / ||f(z)||` of the returned state, `(B,)`."""
+    """Relative residual of the returned state: `||f(z) - z|| / ||f(z)||`, or `||g(z)|| / ||g(z0)||` for a root."""
     converged: Tensor
-    """Whether `||f(z) - z|| <= atol + rtol ||f(z)||` holds for the returned state, bool `(B,)`."""
+    """Whether the returned state meets the tolerances of the solver, bool."""
     num_steps: Tensor
-    """Steps that a sample took part in before it was done, one evaluation of `f` each, int64 `(B,)`."""
+    """Steps that a problem took part in before it was done, int64."""
     num_evals: int
     """Calls of `f`, the one that builds the graph for the backward pass included."""
     result: Result
-    """Outcome for the batch."""
+    """Outcome for all problems together."""
     trace: Tensor
-    """Relative residual at each step, `(steps, B)`; a sample that is done keeps its last one."""
-    intermediate: tuple[Any, ...] = ()
-    """States after earlier layers, where an `Unrolled` was asked to keep them."""
+    """Relative residual at each step, `(steps, B)`; a problem that is done keeps its last one."""
+    absolute_residual: Tensor
+    """Absolute residual of the returned state: `||f(z) - z||`, or `||g(z)||` for a root; `atol` is compared with it."""
+    kept: tuple[Any, ...] = ()
+    """States after the steps that `keep` named, or after earlier layers where an `Unrolled` was asked to keep them."""
+    message: str = ""
+    """What went wrong and what to change, in a sentence; empty where there is nothing to say."""
 
 
 class ConvergenceError(RuntimeError):
@@ -53,4 +58,4 @@ class ConvergenceError(RuntimeError):
 
 
 class ConvergenceWarning(UserWarning):
-    """A backward solve stopped short of its tolerance, so that a gradient is less exact than was asked for."""
+    """A solve stopped short of its tolerance: the equilibrium, or the gradient, is less exact than was asked for."""

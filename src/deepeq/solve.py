@@ -1,78 +1,170 @@
 """The entry points: `fixed_point` and `root_find`."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
+from torch import Tensor
 
-from deepeq.adjoint import Adjoint, ImplicitAdjoint, first_nonfinite
-from deepeq.packing import Packing
+from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, OnFailure, report
+from deepeq.iterate import Problem
+from deepeq.packing import Norm, Packing
+from deepeq.scaling import automatic_scale
 from deepeq.solution import ConvergenceError, Result, Solution
-from deepeq.solvers import Broyden, Solver
+from deepeq.solvers import Broyden, NewtonKrylov, Solver
+
+Nonfinite = Literal["raise", "keep"]
+"""What happens when a value is not finite: an error after the other problems are solved, or a Solution that says so."""
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_compiling(function: Function) -> Function:
+    """Return a function that `torch.compile` leaves as it is, and calls between two of its graphs.
+
+    Traced, the backward pass of a `torch.autograd.Function` can be lost under transforms, and a search that stops when
+    its numbers say so has no graph anyway. Decorating with `torch.compiler.disable` itself would import the compiler
+    with this library.
+    """
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
+@without_compiling
 def fixed_point(
     f: Callable[[Any], Any],
     z0: Any,
     *,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
+    batch_dims: int = 1,
+    segments: Tensor | None = None,
+    norm: Norm = "parts",
+    keep: Sequence[int] = (),
+    on_failure: OnFailure = "warn",
+    nonfinite: Nonfinite = "raise",
+    verify: bool = True,
+    callback: Callable[[int, Any, Tensor], None] | None = None,
     throw: bool = False,
 ) -> Solution:
-    """The equilibrium `z* = f(z*)`, found from `z0`, sample by sample.
+    """Return the equilibrium `z* = f(z*)`, found from `z0`, problem by problem.
 
     Costs at most `solver.max_steps` evaluations of `f`, and one more with a graph if gradients are enabled. States of
-    16 bits are iterated in float32, and rounded for `f` and in the result; `residual` is that before the rounding.
+    16 bits are iterated in float32, and rounded for `f` and in the result; residuals are those before the rounding.
 
     Args:
         f: Map of a state to a state of the same structure and shapes, pure in its argument. It may close over any
-            tensors: all get their gradients. The samples of a batch must not mix if their answers are to be
-            independent.
-        z0: A tensor `(B, ...)`, or a tuple, list or dict of them. A tensor without dimensions is a batch of one.
+            tensors: all get their gradients.
+        z0: A real or complex tensor, or a tuple, list or dict of them; `(B, ...)` for `B` independent problems.
         solver: The rule, its tolerances and step limit; default `Broyden()`.
         adjoint: How gradients are computed; default `ImplicitAdjoint()`, the exact ones.
-        throw: Raise also when the step limit is reached.
+        batch_dims: Number of leading dimensions of `z0` that index independent problems. With 0 the whole state is one
+            coupled problem, such as the nodes of a graph or a self-consistent field.
+        segments: Problem of each row, `(R,)` integers, for ragged problems with states `(R, ...)`, such as a batch of
+            graphs or molecules.
+        norm: What is compared with the tolerances, see `deepeq.packing.Norm`; by default each tensor of the state.
+        keep: Steps, counted from 1, whose states are returned in `Solution.kept`, for losses along the way: `f` of the
+            point that the step evaluated, differentiable through this one evaluation of `f`. Steps after the end of
+            the search give the equilibrium.
+        on_failure: What happens when a problem misses its tolerance.
+        nonfinite: `"raise"` an error after all other problems have been solved; or `"keep"` the Solution, whose failed
+            problems hold their best finite point, and treat it like a missed tolerance.
+        verify: Check that the problems do not depend on each other: that their residuals hold together at the returned
+            state. With gradients this costs no evaluation of `f`, without them at most one.
+        callback: Observer called as `callback(step, state, residual)` after each evaluation of the search.
+        throw: Older spelling of `on_failure="raise"`.
 
     Returns:
-        Solution; `value` has the structure, shapes and dtypes of `z0`, `residual` is `(B,)`.
+        Solution; `value` has the structure, shapes and dtypes of `z0`, the residuals are one number per problem.
 
     Raises:
-        ConvergenceError: a non-finite value appeared (the message says at which step), or `throw` and not converged.
-        ValueError: `f` changes structure or shape, or the tensors of `z0` disagree on the batch size.
-        TypeError: a state is not made of floating-point tensors.
+        ConvergenceError: A non-finite value appeared (the message names the problem and the step), or a problem missed
+            its tolerance with `on_failure="raise"`. Its `solution` holds all the problems.
+        ValueError: `f` changes structure, shape, or its argument; or an argument is out of range.
+        TypeError: A state is not made of floating-point or complex tensors.
+        NotImplementedError: The call is inside a `torch.func` transform that cannot pass through it.
 
     References:
         Bai, Kolter, Koltun (2019), Deep equilibrium models, NeurIPS, eq. 2-11.
 
     Example:
-        >>> f = lambda z: torch.cos(z)
-        >>> deepeq.fixed_point(f, torch.zeros(1, 1), solver=deepeq.Anderson(rtol=1e-6)).value
+        >>> with torch.no_grad():
+        ...     deepeq.fixed_point(torch.cos, torch.zeros(1, 1), solver=deepeq.Anderson(rtol=1e-6)).value
         tensor([[0.7391]])
     """
-    return _solve(f, z0, "f", lambda z, fz: fz, solver, adjoint, throw)
+    solver, adjoint = check_rules(solver, adjoint)
+    options = _Options(keep, "raise" if throw else on_failure, nonfinite, callback)
+    packing = Packing(z0, batch_dims, segments)
+    function = _Watched(f, packing, "f")
+    problem = Problem(function=function, norm=packing.norm(norm), sizes=packing.sizes, verify=verify, name="f")
+    _refuse_transforms(adjoint)
+    return _solve(problem, packing, packing.pack(z0, "z0"), solver, adjoint, options, function)
 
 
+@without_compiling
 def root_find(
     g: Callable[[Any], Any],
     z0: Any,
     *,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
+    batch_dims: int = 1,
+    segments: Tensor | None = None,
+    norm: Norm = "parts",
+    keep: Sequence[int] = (),
+    on_failure: OnFailure = "warn",
+    nonfinite: Nonfinite = "raise",
+    verify: bool = True,
+    callback: Callable[[int, Any, Tensor], None] | None = None,
     throw: bool = False,
 ) -> Solution:
-    """The root `g(z*) = 0` near `z0`, as the fixed point of `f(z) = z + g(z)`.
+    """Return the root `g(z*) = 0` near `z0`.
 
-    `residual` is that of `f`, `||g(z)|| / ||z + g(z)||`; set `atol` to bound `||g(z)||` itself. Arguments, errors and
-    costs are those of `fixed_point`.
+    A problem has converged when `||g(z)|| <= atol + rtol ||g(z0)||`; neither the units of `g` nor the place of the
+    root matter. One evaluation of `g` near `z0` finds a scale and a sign `a`, so that `z + a g(z)` is a sensible map
+    for the solver. `Solution.residual` is `||g(z)|| / ||g(z0)||`, `absolute_residual` is `||g(z)||`. Arguments and
+    errors are those of `fixed_point`, except for the default solver.
     """
-    return _solve(g, z0, "g", torch.add, solver, adjoint, throw)
+    packing = Packing(z0, batch_dims, segments)
+    solver, adjoint = check_rules(solver or default_root_solver(packing.dtype), adjoint)
+    options = _Options(keep, "raise" if throw else on_failure, nonfinite, callback)
+    function, start = _Watched(g, packing, "g"), packing.pack(z0, "z0")
+    _refuse_transforms(adjoint)
+    with torch.no_grad():
+        first = function(start.detach())
+        scale = automatic_scale(function, start.detach(), first)
+    with_graph = isinstance(adjoint, BackpropAdjoint) and torch.is_grad_enabled()
+    problem = Problem(
+        function=function,
+        norm=packing.norm(norm),
+        sizes=packing.sizes,
+        root=True,
+        scale=scale,
+        first=None if with_graph else first,
+        verify=verify,
+        name="g",
+    )
+    return _solve(problem, packing, start, solver, adjoint, options, function)
+
+
+def default_root_solver(dtype: torch.dtype) -> Solver:
+    """Return the solver that `root_find` takes where none is given, to two thirds of the digits of `dtype`."""
+    return NewtonKrylov(rtol=torch.finfo(dtype).eps ** (2 / 3), max_steps=200)
 
 
 def check_rules(solver: Solver | None, adjoint: Adjoint | None) -> tuple[Solver, Adjoint]:
-    """The solver and the adjoint, or the defaults for None.
+    """Return the solver and the adjoint, or the defaults for None.
 
     Raises:
-        TypeError: one of them is something else.
+        TypeError: One of them is something else.
     """
     solver = Broyden() if solver is None else solver
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
@@ -83,39 +175,106 @@ def check_rules(solver: Solver | None, adjoint: Adjoint | None) -> tuple[Solver,
     return solver, adjoint
 
 
+class _Options:
+    """The checked arguments of a solve that say what is reported."""
+
+    def __init__(
+        self,
+        keep: Sequence[int],
+        on_failure: OnFailure,
+        nonfinite: Nonfinite,
+        callback: Callable[[int, Any, Tensor], None] | None,
+    ) -> None:
+        self.keep = tuple(keep)
+        for step in self.keep:
+            if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+                raise ValueError(f"keep={keep!r} must hold whole numbers >= 1, the steps whose states are kept")
+        for name, value, allowed in (
+            ("on_failure", on_failure, get_args(OnFailure)),
+            ("nonfinite", nonfinite, get_args(Nonfinite)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        self.on_failure: OnFailure = on_failure
+        self.nonfinite, self.callback = nonfinite, callback
+
+
 def _solve(
-    function: Callable[[Any], Any],
-    z0: Any,
-    name: str,
-    as_map: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    solver: Solver | None,
-    adjoint: Adjoint | None,
-    throw: bool,
+    problem: Problem,
+    packing: Packing,
+    z0: Tensor,
+    solver: Solver,
+    adjoint: Adjoint,
+    options: _Options,
+    function: "_Watched",
 ) -> Solution:
-    solver, adjoint = check_rules(solver, adjoint)
-    packing = Packing(z0)
+    observe = options.callback
 
-    def packed(flat: torch.Tensor) -> torch.Tensor:
-        version = None if flat.is_inference() else flat._version
-        fz = packing.pack(function(packing.unpack(flat)), name)
-        if version is not None and flat._version != version:
-            raise ValueError(
-                f"{name} changed its argument in place, and with it the iterate; use operations that make new tensors "
-                "(inplace=False)"
-            )
-        return as_map(flat, fz)
+    def on_step(step: int, z: Tensor, residual: Tensor) -> None:
+        assert observe is not None
+        observe(step, packing.unpack(z), packing.per_problem(residual.to(z.dtype)))
 
-    solution = adjoint.solve(packed, packing.pack(z0, "z0"), solver)
-    solution = solution._replace(value=packing.unpack(solution.value))
-    if solution.result is Result.NONFINITE:
-        step = first_nonfinite(solution)
-        where = " (the first evaluation, at z0)" if step == 1 else ""
-        raise ConvergenceError(
-            f"{name} returned a non-finite value at step {step}{where}: {solution.result.value}", solution
-        )
-    if throw and solution.result is not Result.CONVERGED:
-        worst = float(solution.residual.max())
-        raise ConvergenceError(
-            f"residual {worst:.1e} after {solution.num_evals} evaluations: {solution.result.value}", solution
-        )
+    solution = adjoint.solve(problem, z0, solver, keep=options.keep, on_step=on_step if observe else None)
+    per_problem = packing.per_problem
+    solution = solution._replace(
+        value=packing.unpack(solution.value),
+        num_evals=function.num_calls,
+        residual=per_problem(solution.residual),
+        converged=per_problem(solution.converged),
+        num_steps=per_problem(solution.num_steps),
+        trace=per_problem(solution.trace),
+        absolute_residual=per_problem(solution.absolute_residual),
+        kept=tuple(packing.unpack(state) for state in solution.kept),
+    )
+    if solution.result is Result.NONFINITE and options.nonfinite == "raise":
+        raise ConvergenceError(solution.message, solution)
+    if solution.message:
+        report(solution.message, solution, options.on_failure, stacklevel=4)
     return solution
+
+
+class _Watched:
+    """The user's function on packed states `(B, N)`, and the checks that it leaves its argument alone.
+
+    Changes that a version counter does not see (through `.data` or numpy) are looked for at the first two points. A
+    function that writes all its results into one buffer is harmless: its results are copied.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], packing: Packing, name: str) -> None:
+        self._function, self._packing, self._name = function, packing, name
+        self.num_calls = 0
+        self._first: Tensor | None = None  # kept, so that no other tensor takes its place in memory
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        self.num_calls += 1
+        if torch._C._are_functorch_transforms_active():  # a product in forward mode, of tensors without storage
+            return self._packing.pack(self._function(self._packing.unpack(flat)), self._name)
+        version = None if flat.is_inference() else flat._version
+        before = flat.detach().clone() if self.num_calls <= 2 else None
+        value = self._packing.pack(self._function(self._packing.unpack(flat)), self._name)
+        changed = version is not None and flat._version != version
+        if changed or (before is not None and not torch.equal(before.nan_to_num(), flat.detach().nan_to_num())):
+            raise ValueError(
+                f"{self._name} changed its argument in place, and with it the iterate; use operations that make new "
+                "tensors (inplace=False)"
+            )
+        if self._first is None:
+            self._first = value.detach()
+            return value.clone()
+        return value.clone() if value.data_ptr() in (self._first.data_ptr(), flat.data_ptr()) else value
+
+
+def _refuse_transforms(adjoint: Adjoint) -> None:
+    """Raise where a `torch.func` transform would break in the middle of a solve, or drop a derivative."""
+    if not torch._C._are_functorch_transforms_active():  # there is no public name for this question
+        return
+    stack = torch._C._functorch.get_interpreter_stack() or ()  # pyright: ignore[reportAttributeAccessIssue]
+    active = {str(level.key()).rpartition(".")[2] for level in stack}
+    if isinstance(adjoint, BackpropAdjoint) and "Vmap" not in active:
+        return
+    raise NotImplementedError(
+        f"torch.func transforms ({', '.join(sorted(active))}) cannot pass through an equilibrium; use "
+        "torch.autograd.grad, torch.autograd.functional.jacobian, or hvp with "
+        "ImplicitAdjoint(twice_differentiable=True), put batches into z0 in place of vmap, or take BackpropAdjoint() "
+        "for grad, vjp and jvp"
+    )

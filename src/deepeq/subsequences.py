@@ -1,13 +1,16 @@
 """Long sequences, solved piece by piece."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from deepeq.adjoint import Adjoint
 from deepeq.deq import DEQ, InjectingCell
 from deepeq.solution import Result, Solution
+from deepeq.solvers import Solver
 
 
 @runtime_checkable
@@ -77,14 +80,33 @@ class Subsequences(DEQ):
             )
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"length={length!r} of Subsequences must be a whole number >= 1")
-        super().__init__(layer.cell, solver=layer.solver, adjoint=layer.adjoint, throw=layer.throw)
+        super().__init__(layer.cell, **layer.options)
         self.length = length
 
-    def forward(self, x: Tensor, z0: Any = None, memory: Any = None) -> Solution:
+    def forward(
+        self,
+        x: Tensor,
+        z0: Any = None,
+        memory: Any = None,
+        *,
+        solver: Solver | None = None,
+        adjoint: Adjoint | None = None,
+        segments: Tensor | None = None,
+        keep: Sequence[int] = (),
+        callback: Callable[[int, Any, Tensor], None] | None = None,
+    ) -> Solution:
+        """Return the equilibrium of the whole, as `DEQ` does; `callback` sees the steps of each piece.
+
+        Raises:
+            ValueError: `segments` are given, or a tensor of the state is not `(B, T, ...)`.
+        """
+        if segments is not None:
+            raise ValueError("segments name the problems of a state without a time dimension; leave them out here")
+        rules: dict[str, Any] = {"solver": solver, "adjoint": adjoint, "keep": keep, "callback": callback}
         cell, num_positions = self.cell, x.shape[1]
         assert isinstance(cell, RememberingCell)
         if num_positions <= self.length:
-            return super().forward(x, z0, memory)
+            return super().forward(x, z0, memory, **rules)
         if z0 is not None:
             _check_positions(z0, num_positions, "z0")
         weights = cell.shared_weights() if isinstance(cell, SharingCell) else None
@@ -92,7 +114,7 @@ class Subsequences(DEQ):
         for start in range(0, num_positions, self.length):
             window = slice(start, start + self.length)
             x_piece = x[:, window]
-            piece = self.solve(*self.prepare(x_piece, _positions(z0, window), memory, weights=weights))
+            piece = self.solve(*self.prepare(x_piece, _positions(z0, window), memory, weights=weights), **rules)
             _check_positions(piece.value, x_piece.shape[1], "the state")
             pieces.append(piece)
             if window.stop < num_positions:
@@ -123,9 +145,15 @@ def _join(pieces: list[Solution]) -> Solution:
     return Solution(
         value=pytree.tree_map(lambda *parts: torch.cat(parts, dim=1), *(piece.value for piece in pieces)),
         residual=torch.stack([piece.residual for piece in pieces]).amax(dim=0),
+        absolute_residual=torch.stack([piece.absolute_residual for piece in pieces]).amax(dim=0),
         converged=torch.stack([piece.converged for piece in pieces]).all(dim=0),
         num_steps=torch.stack([piece.num_steps for piece in pieces]).amax(dim=0),
         num_evals=sum(piece.num_evals for piece in pieces),
         result=max((piece.result for piece in pieces), key=severity.index),
         trace=torch.stack(traces).amax(dim=0),  # (steps, B)
+        kept=tuple(
+            pytree.tree_map(lambda *parts: torch.cat(parts, dim=1), *states)
+            for states in zip(*(piece.kept for piece in pieces), strict=True)
+        ),
+        message=next((piece.message for piece in pieces if piece.message), ""),
     )

@@ -44,7 +44,9 @@ def stack(deq1: DEQ, deq2: DEQ, *, solver: Solver | None = None, adjoint: Adjoin
             raise TypeError(f"{name} must be a DEQ, got {type(layer).__name__}")
     solver = deq2.solver if solver is None else solver
     adjoint = deq2.adjoint if adjoint is None else adjoint
-    return DEQ(StackedCell(deq1, deq2), solver=solver, adjoint=adjoint, throw=deq1.throw or deq2.throw)
+    on_failure = "raise" if "raise" in (deq1.on_failure, deq2.on_failure) else deq2.on_failure
+    options = deq2.options | {"solver": solver, "adjoint": adjoint, "on_failure": on_failure}
+    return DEQ(StackedCell(deq1, deq2), **options)
 
 
 class StackedInjection(NamedTuple):

@@ -2,6 +2,14 @@
 
 from deepeq.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, VocabularyConfig
 from deepeq.nn.dropout import VariationalDropout, WeightDropout, regularize_weight, variational_mask
+from deepeq.nn.normalization import (
+    HeldWeights,
+    OncePerSolve,
+    hold_weights,
+    infinity_norm,
+    spectral_norm,
+    weight_norm,
+)
 from deepeq.nn.relative_attention import (
     causal_mask,
     relative_attention,
@@ -13,14 +21,20 @@ from deepeq.nn.relative_attention import (
 __all__ = [
     "AdaptiveEmbedding",
     "AdaptiveSoftmax",
+    "HeldWeights",
+    "OncePerSolve",
     "VariationalDropout",
     "VocabularyConfig",
     "WeightDropout",
     "causal_mask",
+    "hold_weights",
+    "infinity_norm",
     "regularize_weight",
     "relative_attention",
     "relative_shift",
     "single_query_attention",
     "sinusoidal_positions",
+    "spectral_norm",
     "variational_mask",
+    "weight_norm",
 ]

@@ -41,7 +41,7 @@ class Anderson(Solver):
     ridge: float = 1e-8
     """Tikhonov term, relative to the scaled matrix (whose diagonal is one)."""
     damping: float = 0.0
-    """Share of the averaged residual that is held back; 0 means none."""
+    """Fraction of the averaged residual that is held back; 0 means none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,13 +52,17 @@ class Anderson(Solver):
 
     @property
     def num_stored(self) -> int:
-        return 2 + 2 * min(self.history_size, self.max_steps - 1)
+        return 2 + 2 * min(self.history_size, max(0, self.max_steps - 1))
 
     def init(self, z0: Tensor) -> AndersonState:
         return AndersonState(None, None, (), (), z0.new_zeros((z0.shape[0], 0, 0), dtype=torch.float64))
 
-    def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
-        g = fz - z
+    def advice(self, num_steps: int) -> str:
+        if num_steps <= self.history_size:
+            return ""
+        return f"the window of history_size={self.history_size} of Anderson may be short: raise it, or try Broyden()"
+
+    def step(self, z: Tensor, fz: Tensor, g: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         if state.fz is None or state.g is None:
             return z + (1.0 - self.damping) * g, state._replace(fz=fz, g=g)
         start = 1 if len(state.delta_g) == self.history_size else 0

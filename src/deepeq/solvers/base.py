@@ -2,28 +2,33 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
+
+from deepeq.packing import Map
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """A rule from `(z, f(z), state)` to `(next z, state)`, with the tolerances at which `iterate` stops.
+    """A rule from `(z, f(z), g(z), state)` to `(next z, state)`, with the tolerances at which the search stops.
 
-    A sample is done when `||f(z) - z|| <= atol + rtol ||f(z)||` (Euclidean norms). A rule treats the samples of a batch
-    independently and must return finite values for finite arguments, also when `f(z) = z`.
+    A problem is done when `||g|| <= atol + rtol ||f(z)||` for `z = f(z)`, where `g = f(z) - z`. For `g(z) = 0` it is
+    done when `||g|| <= atol + rtol ||g(z0)||`. A rule treats the problems of a batch independently. It returns finite
+    values for finite arguments, also where `g = 0`.
 
     Raises:
-        ValueError: a field is out of range.
+        ValueError: A field is out of range.
     """
 
     rtol: float = 1e-3
     """Relative tolerance; 0 turns it off."""
     atol: float = 0.0
-    """Absolute tolerance, in the units of the state; 0 turns it off."""
+    """Absolute tolerance, in the units of `g`; 0 turns it off."""
     max_steps: int = 30
-    """Most steps, each one evaluation of `f` (the backward pass has its first one for free)."""
+    """Most steps, each one evaluation of `f`; 0 returns the first point."""
+    min_steps: int = 0
+    """Steps that every problem takes at least, even if it reaches its tolerance earlier."""
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -34,7 +39,12 @@ class Solver(ABC):
             raise ValueError(
                 f"rtol and atol of {type(self).__name__} are both 0, so it would never stop; set one of them"
             )
-        self._check_count("max_steps", self.max_steps)
+        self._check_count("max_steps", self.max_steps, least=0)
+        self._check_count("min_steps", self.min_steps, least=0)
+        if self.min_steps > self.max_steps:
+            raise ValueError(
+                f"min_steps={self.min_steps} of {type(self).__name__} must be at most max_steps={self.max_steps}"
+            )
 
     def _check_count(self, name: str, value: int, *, least: int = 1) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -47,12 +57,25 @@ class Solver(ABC):
     @property
     @abstractmethod
     def num_stored(self) -> int:
-        """Most vectors of the size of a state that the rule keeps from step to step."""
+        """Largest number of state-sized vectors that the rule keeps from step to step."""
+
+    @property
+    def nonfinite_patience(self) -> int:
+        """Number of consecutive non-finite evaluations that the rule can back off from; 0 by default."""
+        return 0
+
+    def bind(self, g: Map) -> Self:
+        """Return the rule for one search on `g`; a rule that needs more than evaluations overrides this."""
+        return self
+
+    def advice(self, num_steps: int) -> str:
+        """Return what a user should change after `num_steps` steps without success, or an empty string."""
+        return ""
 
     @abstractmethod
     def init(self, z0: Tensor) -> Any:
-        """The state before the first step."""
+        """Return the state before the first step, for a first point `(B, N)`."""
 
     @abstractmethod
-    def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """The next point to evaluate, `(B, N)`, and the state after it."""
+    def step(self, z: Tensor, fz: Tensor, g: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the next point to evaluate, `(B, N)`, and the state after it."""

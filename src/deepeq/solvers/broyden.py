@@ -41,7 +41,7 @@ class Broyden(Solver):
     damping: float = 0.0
     """`1 - a`, where `a` is the step length of eq. 6; 0 means full steps."""
     line_search_steps: int = 0
-    """Most halvings of a step that does not lower the sample's residual, one evaluation of `f` each; 0 turns it off."""
+    """Most halvings of a step that does not lower the residual of its problem, one evaluation each; 0 turns it off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,21 +53,28 @@ class Broyden(Solver):
     def num_stored(self) -> int:
         return min(self.history_size, self.max_steps)
 
+    @property
+    def nonfinite_patience(self) -> int:
+        return self.line_search_steps
+
+    def advice(self, num_steps: int) -> str:
+        if num_steps <= self.history_size:
+            return ""
+        return f"Broyden started again after every history_size={self.history_size} steps: raise it"
+
     def init(self, z0: Tensor) -> BroydenState:
         return BroydenState((), (), (), None, None)
 
-    def step(self, z: Tensor, fz: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
-        g = fz - z
+    def step(self, z: Tensor, fz: Tensor, g: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
         if not state.directions or len(state.directions) == self.history_size:
-            direction, full = g, g.new_full((g.shape[0], 1), 1.0 - self.damping)
-            return z + full * direction, self._start(g, direction, full)
+            return self._start(z, g, state)
         direction, weight = self._update(g, state)
         length = torch.full_like(weight, 1.0 - self.damping)
         z_next = z + length * direction
         residual, halvings = state.residual, state.halvings
         if self.line_search_steps and residual is not None and halvings is not None:
             norm, last, last_length = two_norm(g), state.directions[-1], state.lengths[-1]
-            rejected = (norm > residual) & (halvings < self.line_search_steps)
+            rejected = (norm > residual) & (halvings < self.line_search_steps) | ~torch.isfinite(norm)
             column = rejected.unsqueeze(1)
             # A rejected step is taken back in part: the point it started from is z - last_length * last.
             direction, weight = torch.where(column, last, direction), torch.where(column, 0.0, weight)
@@ -83,11 +90,20 @@ class Broyden(Solver):
             halvings,
         )
 
-    def _start(self, g: Tensor, direction: Tensor, length: Tensor) -> BroydenState:
+    def _start(self, z: Tensor, g: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
+        """Return the first step from `B0`."""
+        direction, length = g, g.new_full((g.shape[0], 1), 1.0 - self.damping)
+        z_next = z + length * direction
         if not self.line_search_steps:
-            return BroydenState((direction,), (length,), (), None, None)
+            return z_next, BroydenState((direction,), (length,), (), None, None)
         norm = two_norm(g)
-        return BroydenState((direction,), (length,), (), norm, torch.zeros_like(norm, dtype=torch.int64))
+        if state.directions:
+            # Where g is not finite, the problem first returns to the point before, which counts as no direction.
+            lost = ~torch.isfinite(norm)
+            column, last = lost.unsqueeze(1), state.lengths[-1] * state.directions[-1]
+            z_next, direction = torch.where(column, z - last, z_next), torch.where(column, 0.0, direction)
+            norm = torch.where(lost, torch.inf, norm)
+        return z_next, BroydenState((direction,), (length,), (), norm, torch.zeros_like(norm, dtype=torch.int64))
 
     def _update(self, g: Tensor, state: BroydenState) -> tuple[Tensor, Tensor]:
         """The new direction, and the weight of the factor that the last step gives."""

@@ -16,7 +16,7 @@ class FixedPointIteration(Solver):
     """
 
     damping: float = 0.0
-    """Share of the old iterate that is kept; 0 means none."""
+    """Fraction of the old iterate that is kept; 0 means none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,5 +29,5 @@ class FixedPointIteration(Solver):
     def init(self, z0: Tensor) -> None:
         return None
 
-    def step(self, z: Tensor, fz: Tensor, state: None) -> tuple[Tensor, None]:
+    def step(self, z: Tensor, fz: Tensor, g: Tensor, state: None) -> tuple[Tensor, None]:
         return (fz if self.damping == 0.0 else fz.lerp(z, self.damping)), None

@@ -1,7 +1,8 @@
-"""GMRES for linear fixed points."""
+"""GMRES for affine fixed points."""
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -10,20 +11,98 @@ from torch.nn.functional import pad
 from deepeq.norms import inner, two_norm
 from deepeq.solvers.base import Solver
 
+_BLOCK = 16
+"""Vectors in a block: few, so that little memory is held in advance, but enough for batched products to pay."""
+_FAST = 400
+"""Multiplications in each product from which on the CPU has a fast routine for a batch of them."""
+
+
+class Basis(NamedTuple):
+    """Vectors `(B, N)`, in blocks `(B, n, N)` whose last one may have room for more."""
+
+    blocks: tuple[Tensor, ...] = ()
+    size: int = 0
+
+    def append(self, q: Tensor, capacity: int) -> Self:
+        """Return the vectors with one more; blocks are made for `capacity` vectors at most.
+
+        Writes into the last block where it has room and no gradient is recorded, so `self` must not be used again.
+        """
+        if torch.is_grad_enabled():
+            return self._replace(blocks=(*self.blocks, q.unsqueeze(1)), size=self.size + 1)
+        blocks, place = self.blocks, self.size - sum(block.shape[1] for block in self.blocks[:-1])
+        if not blocks or place == blocks[-1].shape[1]:
+            room = max(1, min(_BLOCK, capacity - self.size))
+            blocks, place = (*blocks, q.new_empty((q.shape[0], room, q.shape[1]))), 0
+        blocks[-1][:, place] = q
+        return self._replace(blocks=blocks, size=self.size + 1)
+
+    def parts(self) -> list[Tensor]:
+        """Return the blocks without their free places."""
+        *full, last = self.blocks
+        return [*full, last[:, : self.size - sum(block.shape[1] for block in full)]]
+
+    def inner(self, w: Tensor) -> Tensor:
+        """Return the inner products of each vector with `w`, `(B, size)`."""
+        rows = []
+        for part in self.parts():
+            if _is_small(part):
+                rows += [_inner(q, w) for q in part.unbind(1)]
+            else:
+                rows.append(_times(w, part.mT))
+        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+
+    def add(self, w: Tensor, coefficients: Tensor, *, sign: int = 1) -> Tensor:
+        """Return `w` plus, or minus, the sum of the vectors with these coefficients, `(B, size)`."""
+        parts = self.parts()
+        for part, row in zip(parts, coefficients.split([part.shape[1] for part in parts], dim=1), strict=True):
+            if _is_small(part):
+                for q, coefficient in zip(part.unbind(1), row.split(1, dim=1), strict=True):
+                    w = torch.addcmul(w, q, coefficient, value=sign)
+            else:
+                w = torch.add(w, _times(row, part), alpha=sign)
+        return w
+
+
+def _is_small(matrix: Tensor) -> bool:
+    return matrix.shape[1] * matrix.shape[2] < _FAST
+
+
+def _times(row: Tensor, matrix: Tensor) -> Tensor:
+    """Return the products `(B, m), (B, m, n) -> (B, n)`."""
+    # As a row times a matrix it is several times faster, on the CPU, than as a matrix times a column.
+    return torch.bmm(row.unsqueeze(1), matrix).squeeze(1)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return inner(a, b).unsqueeze(1)
+
 
 class GMRESState(NamedTuple):
-    """The Arnoldi relation `A Q_k = Q_{k+1} H`, and where the next product comes from.
+    """The Arnoldi relation `A Q_k = Q_{k+1} H`, with `H` as its QR factorization by rotations.
 
-    A sample that has to open its space anew does so while its batch mates go on: its older columns of `H` become zero.
+    With `m` the vector that `H` leaves out, `m^T H = 0` and `m_0 = 1`, row `j` of the product of the rotations is
+    `(c_j m_0, ..., c_j m_j, s_j, 0, ...)`, where `c_j` is the cosine of rotation `j` over `||(m_0, ..., m_j)||`, and
+    `s_j` its sine. A cumulative sum therefore applies all rotations at once.
+
+    A problem that opens its space anew does so while its batch mates go on: its entries for older vectors become zero.
     """
 
-    basis: tuple[Tensor, ...]  # k + 1 vectors (B, N), orthonormal
-    hessenberg: Tensor  # (B, k + 1, k) float64
-    rhs: Tensor  # (B, k + 1) float64, the first residual in the basis
-    overlap: Tensor  # (B, k + 1) float64, u_0 in the basis
-    start: Tensor  # (B, N) u_0, where the space was opened
-    residual: Tensor  # (B, N) r_0, the residual there
-    distance: Tensor  # (B, 1) from u_0 to the evaluated point along the last basis vector; 0: a minimizer was evaluated
+    start: Tensor  # (B, N), u_0, where the space was opened
+    residual: Tensor  # (B, N), r_0 = g(u_0)
+    start_norm: Tensor  # (B, 1)
+    noise: Tensor  # (B, 1), rounding errors in products that come from the size of the points
+    distance: Tensor  # (B, 1), ||r_0||, or 1 where it is 0: from u_0 to the point that gives the next product
+    basis: Basis  # k vectors
+    inverse: Tensor  # (B, k or more, the same), row j is column j of the inverse of the triangular factor
+    missed: Tensor  # (B, k), m
+    missed_norm: Tensor  # (B, 1)
+    cosines: Tensor  # (B, k - 1), c
+    sines: Tensor  # (B, k - 1), s
+    minimizer: Tensor  # (B, k - 1), u - u_0 in the basis
+    left: Tensor  # (B, 1), ||g(u)||
+    opens: Tensor | None  # (B, 1), which problems evaluated a minimizer, and open a new space there; None: none
+    older: Tensor | None  # (B, 1), number of vectors from before the space of the problem; None: none
     num_steps: int
 
 
@@ -31,12 +110,11 @@ class GMRESState(NamedTuple):
 class GMRES(Solver):
     """The point of smallest residual of an affine map `f(u) = M u + b` over the Krylov space of `A = I - M`.
 
-    Made for the backward pass `u = J^T u + v`. It is the only solver here that needs `f` to be affine; on another map
-    it does not converge, and says so. An evaluation at `u_0 + ||r_0|| q` gives the product `A q = (r_0 - g) /
-    ||r_0||` that extends the space. Where the minimizer's residual is known to be small enough, and at the last step,
-    the minimizer itself is evaluated, so that the residual that is reported is a measured one; the trace before it is
-    that of the points `u_0 + ||r_0|| q`. The basis is built by Gram-Schmidt, applied twice; one vector a step is
-    kept.
+    Made for the backward pass `u = J^T u + v`. It needs `f` to be affine; on another map it does not converge, and
+    says so. An evaluation at `u_0 + ||r_0|| q` gives the product `A q = (r_0 - g) / ||r_0||` that extends the space.
+    Where the minimizer's residual is known to be small enough, and at the last step, the minimizer itself is
+    evaluated, so that the residual that is reported is a measured one; the trace before it is that of the points
+    `u_0 + ||r_0|| q`. The basis is built by Gram-Schmidt, applied twice; one vector a step is kept.
 
     References:
         Saad and Schultz (1986), SIAM J. Sci. Stat. Comput. 7, alg. 4.
@@ -53,80 +131,184 @@ class GMRES(Solver):
 
     @property
     def num_stored(self) -> int:
-        return 2 + min(self.restart + 1, self.max_steps)
+        return 2 + self._capacity
+
+    @property
+    def _capacity(self) -> int:
+        return min(self.restart, max(1, self.max_steps - 2))
 
     def init(self, z0: Tensor) -> GMRESState:
-        empty, zero = z0.new_zeros((z0.shape[0], 0), dtype=torch.float64), z0.new_zeros((z0.shape[0], 1))
-        return GMRESState((), empty.unsqueeze(2), empty, empty, z0, z0, zero, 0)
+        scalar = z0.new_zeros((z0.shape[0], 1))
+        none = scalar[:, :0]
+        return GMRESState(
+            start=z0,
+            residual=z0,
+            start_norm=scalar,
+            noise=scalar,
+            distance=scalar,
+            basis=Basis(),
+            inverse=none.unsqueeze(2),
+            missed=none,
+            missed_norm=scalar,
+            cosines=none,
+            sines=none,
+            minimizer=none,
+            left=scalar,
+            opens=None,
+            older=None,
+            num_steps=0,
+        )
 
-    def step(self, z: Tensor, fz: Tensor, state: GMRESState) -> tuple[Tensor, GMRESState]:
-        g = fz - z
-        state = self._extend(z, g, state)
-        y, rho = _least_squares(state.hessenberg, state.rhs)  # (B, k), (B, k + 1)
-        u = _combine(state.start, state.basis[:-1], y.to(z.dtype))
-        along = rho + pad(y, (0, 1))  # f(u) - u_0 in the basis
-        square = two_norm(state.start).double().square() + (along * (2.0 * state.overlap + along)).sum(dim=1)
-        tolerance = self.atol + self.rtol * square.clamp_min(0.0).sqrt()
-        finished = torch.linalg.vector_norm(rho, dim=1) <= tolerance
-        last = state.num_steps + 1 >= self.max_steps or len(state.basis) > self.restart
-        at_minimizer = finished.unsqueeze(1) | (state.distance == 0) | last
-        z_next = torch.where(at_minimizer, u, torch.addcmul(state.start, state.basis[-1], state.distance))
-        if last:
-            return z_next, self.init(z)._replace(num_steps=state.num_steps)
-        return z_next, state._replace(distance=torch.where(at_minimizer, 0.0, state.distance))
+    def step(self, z: Tensor, fz: Tensor, g: Tensor, state: GMRESState) -> tuple[Tensor, GMRESState]:
+        state = state._replace(num_steps=state.num_steps + 1)
+        if not state.basis.size:
+            return z + g, self._open(z, g, state)
+        w = (state.residual - g) / state.distance  # A q
+        if state.opens is not None:
+            w, state = torch.where(state.opens, g, w), _reopen(state.opens, z, g, state)
+        components, w = _orthogonalize(w, state)
+        norm, complete, state = _factorize(components, _norm(w), state)
+        if state.num_steps + 1 >= self.max_steps or state.basis.size == self.restart:
+            u = state.basis.add(state.start, state.minimizer)
+            return u, self.init(z)._replace(num_steps=state.num_steps)
 
-    def _extend(self, z: Tensor, g: Tensor, state: GMRESState) -> GMRESState:
-        """One more basis vector: the first of a space where a minimizer was evaluated, else the next one."""
-        opening = state.distance == 0  # (B, 1)
-        divisor = torch.where(opening, 1.0, state.distance)
-        w = torch.where(opening, g, (state.residual - g) / divisor)  # r_0 or A q
-        noise = 10 * torch.finfo(w.dtype).eps * (two_norm(z) + two_norm(g)).unsqueeze(1) / divisor
-        column, w = _orthogonalize(w, state.basis, ~opening)
-        norm = two_norm(w).unsqueeze(1)
-        # What is left at rounding level is no new direction: the space is complete, and its minimizer comes next.
-        norm = torch.where(opening | (norm > noise), norm, 0.0)
-        q = w * torch.where(norm > 0, 1.0 / torch.where(norm > 0, norm, 1.0), 0.0)
+        q = w / norm
+        state = state._replace(basis=state.basis.append(q, self._capacity), opens=None)
+        z_next = torch.addcmul(state.start, q, state.distance)
+        # Below the rounding errors of the first residual, more vectors are of no use, whatever the tolerance.
+        exhausted = complete | (state.left <= torch.finfo(g.dtype).eps * state.distance)
+        # A GPU would have to wait for a look at the numbers, so there everything is computed whether needed or not.
+        look = not z.is_cuda
+        if look and not (exhausted | self._may_be_reached(state)).any():
+            return z_next, state
+        opens = exhausted | self._reached(state)
+        if look and not opens.any():
+            return z_next, state
+        u = state.basis.add(state.start, pad(state.minimizer, (0, 1)))
+        older = torch.zeros_like(opens, dtype=torch.int64) if state.older is None else state.older
+        return torch.where(opens, u, z_next), state._replace(opens=opens, older=older)
 
-        start, residual = torch.where(opening, z, state.start), torch.where(opening, g, state.residual)
-        rhs = torch.cat([state.rhs.masked_fill(opening, 0.0), norm.masked_fill(~opening, 0.0)], dim=1)
-        overlap = torch.cat([state.overlap, inner(start, q).unsqueeze(1)], dim=1)
-        hessenberg = rhs.new_zeros((rhs.shape[0], 1, 0))
-        if state.basis:
-            column = torch.cat([column, norm], dim=1).masked_fill(opening, 0.0).unsqueeze(2)  # (B, k + 1, 1)
-            older = state.hessenberg.masked_fill(opening.unsqueeze(2), 0.0)
-            hessenberg = torch.cat([pad(older, (0, 0, 0, 1)), column], dim=2)
-        distance = torch.where(norm > 0, two_norm(residual).unsqueeze(1), 0.0)
-        basis = (*state.basis, q)
-        return GMRESState(basis, hessenberg, rhs, overlap, start, residual, distance, state.num_steps + 1)
+    def _open(self, z: Tensor, g: Tensor, state: GMRESState) -> GMRESState:
+        norm, start_norm = _norm(g), _norm(z)
+        distance, one = norm + (norm == 0), torch.ones_like(norm)
+        q = g / distance
+        return state._replace(
+            start=z,
+            residual=g,
+            start_norm=start_norm,
+            noise=_noise_level(g) * (2.0 + start_norm / distance),
+            distance=distance,
+            basis=state.basis.append(q, self._capacity),
+            missed=one,
+            missed_norm=one,
+            left=norm,
+        )
+
+    @torch.no_grad()
+    def _may_be_reached(self, state: GMRESState) -> Tensor:
+        """Return whether the minimizer `u` would be within the tolerance if `||f(u)||` were at its upper bound."""
+        return state.left <= self.atol + self.rtol * (state.start_norm + _norm(state.minimizer) + state.left)
+
+    @torch.no_grad()
+    def _reached(self, state: GMRESState) -> Tensor:
+        """Return whether the minimizer `u` is within the tolerance, `(B, 1)`."""
+        along = state.missed * (state.left / state.missed_norm)  # f(u) - u_0 in the basis
+        along[:, :-1] += state.minimizer
+        overlap = state.basis.inner(state.start)
+        change = (along * torch.add(along, overlap, alpha=2)).sum(dim=1, keepdim=True)
+        size = torch.addcmul(change, state.start_norm, state.start_norm).sqrt()  # ||f(u)||, or NaN for zero to rounding
+        return state.left <= self.atol + self.rtol * size
 
 
-def _orthogonalize(w: Tensor, basis: tuple[Tensor, ...], wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Components of `w` along the basis, `(B, k)` float64, and what is left of `w`; zero for samples not `wanted`."""
-    column = torch.zeros(w.shape[0], len(basis), dtype=torch.float64, device=w.device)
+def _norm(w: Tensor) -> Tensor:
+    return two_norm(w).unsqueeze(1)
+
+
+def _noise_level(w: Tensor) -> float:
+    return 10 * torch.finfo(w.dtype).eps
+
+
+def _reopen(opens: Tensor, z: Tensor, g: Tensor, state: GMRESState) -> GMRESState:
+    """Forget the space of the problems that open a new one at `z`."""
+    assert state.older is not None
+    norm, start_norm = _norm(g), torch.where(opens, _norm(z), state.start_norm)
+    distance = torch.where(opens, norm + (norm == 0), state.distance)
+    return state._replace(
+        start=torch.where(opens, z, state.start),
+        residual=torch.where(opens, g, state.residual),
+        start_norm=start_norm,
+        noise=_noise_level(g) * (2.0 + start_norm / distance),
+        distance=distance,
+        missed=state.missed.masked_fill(opens, 0.0),
+        cosines=state.cosines.masked_fill(opens, 0.0),
+        sines=state.sines.masked_fill(opens, 0.0),
+        minimizer=state.minimizer.masked_fill(opens, 0.0),
+        older=state.older.masked_fill(opens, state.basis.size),
+    )
+
+
+def _orthogonalize(w: Tensor, state: GMRESState) -> tuple[Tensor, Tensor]:
+    """Return the components of `w` in the space of its problem, `(B, k)`, and what is left of `w`."""
+    outside = None
+    if state.older is not None:
+        outside = torch.arange(state.basis.size, device=w.device) < state.older
+    total = None
     for _ in range(2):  # once is not enough in finite precision
-        components = []
-        for q in basis:
-            h = torch.where(wanted, inner(q, w).unsqueeze(1), 0.0)
-            w = torch.addcmul(w, q, h, value=-1)
-            components.append(h)
-        column = column + torch.cat(components, dim=1) if components else column
-    return column, w
+        components = state.basis.inner(w)
+        if outside is not None:
+            components = components.masked_fill(outside, 0.0)
+        w = state.basis.add(w, components, sign=-1)
+        total = components if total is None else total + components
+    assert total is not None
+    return total, w
 
 
-def _least_squares(hessenberg: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimizer `y` of `||rhs - H y||`, and what is left of it.
+def _factorize(components: Tensor, norm: Tensor, state: GMRESState) -> tuple[Tensor, Tensor, GMRESState]:
+    """Take a column of `H` into its factorization, and return its last entry, and whether the space is complete.
 
-    The normal equations are good enough: what is left is computed from `y` as it came out.
+    What is left of `A q` at rounding level is no new direction: the space is complete, and its minimizer comes next.
+    The last entry is then returned as infinity.
     """
-    gram = hessenberg.mT @ hessenberg  # (B, k, k)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    # The unit stands for columns that are zero, whose coefficients it makes zero.
-    ridge = torch.where(diagonal > 0, 1e-15 * diagonal, 1.0)
-    y = torch.linalg.solve_ex(gram + torch.diag_embed(ridge), hessenberg.mT @ rhs.unsqueeze(2))[0]
-    return y.squeeze(2), rhs - (hessenberg @ y).squeeze(2)
+    sums = (state.missed * components).cumsum(dim=1)
+    rotated = torch.addcmul(state.cosines * sums[:, :-1], state.sines, components[:, 1:])
+    last = sums[:, -1:] / state.missed_norm
+    noise = torch.add(state.noise, torch.hypot(_norm(components), norm), alpha=_noise_level(norm))
+    complete = norm <= (noise if state.opens is None else noise.masked_fill(state.opens, 0.0))
+    # A number below any noise stands for zero, where `hypot` has no gradient. If there is nothing to divide by, the
+    # column adds nothing, and is left out.
+    height = norm.masked_fill(complete, torch.finfo(norm.dtype).eps ** 2)
+    radius = torch.hypot(last, height)
+    radius = radius.masked_fill(radius <= noise, torch.inf)
+    cosine, sine = last / radius, height / radius
 
+    done, inverse = rotated.shape[1], state.inverse
+    # More zeros make a small product a fast one.
+    read = done if done < 8 else max(done, min(inverse.shape[1], math.isqrt(_FAST)))
+    product = _times(pad(rotated, (0, read - done)), inverse[:, :read, :read])[:, :done]
+    if inverse.shape[1] == done:
+        room = 1 if torch.is_grad_enabled() else max(8, 24 - done)
+        inverse = pad(inverse, (0, room, 0, room))
+    column = torch.cat([-product, torch.ones_like(radius)], dim=1) / radius
+    inverse[:, done, : done + 1] = column
 
-def _combine(start: Tensor, vectors: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
-    for vector, coefficient in zip(vectors, coefficients.unsqueeze(2).unbind(1), strict=True):
-        start = torch.addcmul(start, vector, coefficient)
-    return start
+    divisor = norm.masked_fill(complete, torch.inf)
+    step = column * (cosine * state.left)
+    entry, left = -last * state.missed_norm / divisor, sine * state.left
+    missed_norm = torch.hypot(state.missed_norm, entry)
+    cosine = cosine / state.missed_norm
+    if state.opens is not None:
+        entry, missed_norm = entry.masked_fill(state.opens, 1.0), missed_norm.masked_fill(state.opens, 1.0)
+        left, sine = torch.where(state.opens, norm, left), sine.masked_fill(state.opens, 0.0)
+    return (
+        divisor,
+        complete,
+        state._replace(
+            inverse=inverse,
+            missed=torch.cat([state.missed, entry], dim=1),
+            missed_norm=missed_norm,
+            cosines=torch.cat([state.cosines, cosine], dim=1),
+            sines=torch.cat([state.sines, sine], dim=1),
+            minimizer=torch.cat([state.minimizer + step[:, :-1], step[:, -1:]], dim=1),
+            left=left,
+        ),
+    )

@@ -1,0 +1,47 @@
+"""The scale and the sign that make equations a fixed-point map."""
+
+import torch
+from torch import Tensor
+
+from deepeq.norms import inner, safe_two_norm
+from deepeq.solvers.base import Map
+
+_PROBES = 6
+"""Most evaluations of the map; nearly always the first is enough."""
+
+
+def automatic_scale(g: Map, z0: Tensor, g0: Tensor) -> Tensor:
+    """Return a factor `a` for each problem, `(B, 1)`, such that `z + a g(z)` is a sensible fixed-point map near `z0`.
+
+    With `s` a short step along `g0 = g(z0)` and `y` the change of `g` over it, `|a| = ||s|| / ||y||`, and `a` has the
+    opposite sign of `<s, y>`: where the Jacobian is a multiple of the identity, `z + a g(z)` is Newton's step. The
+    factor of `c g` is `a / c`. The length of the step is relative to `z0`, or to one where `z0 = 0`. Where `g` is
+    non-finite, a shorter step to the other side is tried, and where `y` is at rounding level, a longer one.
+
+    Args:
+        g: Map `(B, N) -> (B, N)`.
+        z0: First point.
+        g0: Its value, `g(z0)`, finite.
+    """
+    eps = torch.finfo(z0.dtype).eps
+    norm, size = safe_two_norm(g0).unsqueeze(1), safe_two_norm(z0).unsqueeze(1)
+    size = torch.where(size > 0, size, 1.0)
+    direction = (g0 / torch.where(norm > 0, norm, 1.0)).to(g0.dtype)
+    length = eps ** (1 / 3) * size
+    # Where no probe tells, the first step shall be as long as z0.
+    usable = (norm > 0) & torch.isfinite(norm)
+    scale, settled = size / torch.where(usable, norm, size), ~usable
+    growth = 1e3
+    for _ in range(_PROBES):
+        y = g(z0 + (length * direction).to(z0.dtype)) - g0
+        change = safe_two_norm(y).unsqueeze(1)
+        finite, flat = torch.isfinite(change), change <= 100 * eps * norm
+        found = finite & ~flat & ~settled
+        signed = torch.where(inner(direction, y).unsqueeze(1) > 0, -length, length)
+        scale = torch.where(found, signed / torch.where(found, change, 1.0), scale)
+        settled = settled | found
+        if bool(settled.all()):
+            break
+        length = length * torch.where(finite, growth, -0.1)
+        growth = growth * growth
+    return scale.to(z0.dtype)
