@@ -142,7 +142,7 @@ class _NeverDone(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return False
-        if func is torch.ops.aten.allclose.default:
+        if func in (torch.ops.aten.allclose.default, torch.ops.aten.equal.default):
             return True
         return func(*args, **(kwargs or {}))
 

@@ -1,9 +1,21 @@
 """Fixtures shared by all tests."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same cases in every run, whatever the machine's speed.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: a collection need not look through it, which takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

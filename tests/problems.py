@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepeq import Solution, fixed_point
+
 Map = Callable[[Tensor], Tensor]
+
+
+def solve(f, z0, **options) -> Solution:
+    """`fixed_point`, where the test itself looks at what was reached."""
+    return fixed_point(f, z0, **{"on_failure": "ignore", **options})
 
 
 @dataclass
@@ -38,6 +45,8 @@ class Problem:
     contraction: float
     """Spectral radius of the Jacobian at `z_star`: plain iteration converges below one."""
     affine: bool
+    definite: bool = False
+    """`I - J` is symmetric and positive definite."""
     f_of_sample: Callable[[int], Map] | None = None
     """The map of one sample alone, where components do not mix and the arithmetic is the same in any batch."""
 
@@ -63,10 +72,12 @@ def _matrix_with_eigenvalues(eigenvalues: list[float], seed: int) -> Tensor:
 
 def _affine(matrix: Tensor, b: Tensor, contraction: float, dtype: torch.dtype) -> Problem:
     """`f(z) = M z + b`."""
+    definite = bool(torch.allclose(matrix, matrix.T)) and contraction < 1
     identity = torch.eye(len(matrix), dtype=torch.float64)
     z_star = torch.linalg.solve(identity - matrix, b.T).T
     m, b = matrix.to(dtype), b.to(dtype)
-    return Problem(lambda z: z @ m.T + b, torch.zeros_like(b), z_star.to(dtype), contraction=contraction, affine=True)
+    z0, z_star = torch.zeros_like(b), z_star.to(dtype)
+    return Problem(lambda z: z @ m.T + b, z0, z_star, contraction=contraction, affine=True, definite=definite)
 
 
 def _rotation(scale: float, dtype: torch.dtype, batch_size: int = 2) -> Problem:
@@ -88,6 +99,7 @@ def _elementwise(slopes: Tensor, dtype: torch.dtype) -> Problem:
         (1.0 / (1.0 - slopes)).to(dtype),
         contraction=slopes.abs().max().item(),
         affine=True,
+        definite=bool((slopes < 1).all()),
         f_of_sample=lambda i: lambda z: m[i : i + 1] * z + 1.0,
     )
 

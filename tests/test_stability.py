@@ -1,11 +1,14 @@
-"""`jacobian_penalty` and `spectral_radius` against dense Jacobians."""
+"""Penalty, spectral radius, smallest singular value and error bound against dense Jacobians."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepeq import jacobian_penalty, spectral_radius
-from tests.problems import Recorder
+from deepeq import Broyden, error_bound, fixed_point, jacobian_penalty, smallest_singular_value, spectral_radius
+from tests.problems import Recorder, solve
+
+# What torch says the first time that it differentiates in forward mode.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 FORMS = ["hutchinson", "first_order"]
 forms = pytest.mark.parametrize("form", FORMS)
@@ -270,5 +273,140 @@ def test_penalty_with_a_generator_a_sample_is_the_mean_over_the_batch_however_it
         return jacobian_penalty(lambda z: torch.tanh(z @ weight), z[list(rows)], form=form, generator=generators)
 
     torch.testing.assert_close(penalty(range(4)), (penalty(range(2)) + penalty(range(2, 4))) / 2)
-    with pytest.raises(ValueError, match="generator has 1 entries for a batch of 4"):
+    with pytest.raises(ValueError, match="generator has 1 entries for 4 problems"):
         jacobian_penalty(torch.tanh, z, generator=[torch.Generator()])
+
+
+# --- coupled and ragged states ---------------------------------------------------------------------------------------
+
+SEGMENTS = torch.tensor([1, 0, 1, 3, 0, 1])  # problem 2 has no rows
+
+
+def ragged_linear(seed: int = 21) -> tuple:
+    """A linear map of rows `(6, 2)` that couples the rows of each problem, and its matrix for each problem."""
+    g = torch.Generator().manual_seed(seed)
+    full = torch.zeros(12, 12, dtype=torch.float64)
+    blocks = {}
+    for problem in (0, 1, 3):
+        rows = torch.eq(SEGMENTS, problem).nonzero().squeeze(1)
+        entries = torch.stack([2 * rows, 2 * rows + 1], dim=1).reshape(-1)
+        blocks[problem] = (
+            torch.randn(len(entries), len(entries), generator=g, dtype=torch.float64) / len(entries) ** 0.5
+        )
+        full[entries.unsqueeze(1), entries] = blocks[problem]
+    return (lambda z: (full @ z.reshape(12)).reshape(6, 2)), full, blocks
+
+
+def test_spectral_radius_of_a_coupled_state_is_that_of_the_whole_matrix():
+    """The rows alone have no Jacobian of their own."""
+    f, full, _ = ragged_linear()
+    radius = spectral_radius(f, torch.zeros(6, 2, dtype=torch.float64), num_steps=2000, batch_dims=0)
+    expected = torch.linalg.eigvals(full).abs().max()
+    torch.testing.assert_close(radius, expected.reshape(1), rtol=0.02, atol=0.0)
+
+
+def test_spectral_radius_of_segments_is_that_of_each_block():
+    f, _, blocks = ragged_linear()
+    radius = spectral_radius(f, torch.zeros(6, 2, dtype=torch.float64), num_steps=2000, segments=SEGMENTS)
+    assert radius.shape == (4,)
+    for problem, block in blocks.items():
+        expected = torch.linalg.eigvals(block).abs().max()
+        torch.testing.assert_close(radius[problem], expected, rtol=0.02, atol=0.0)
+
+
+@forms
+def test_penalty_of_a_coupled_state_is_that_of_the_whole_matrix(form, generator):
+    f, full, _ = ragged_linear()
+    z = torch.randn(6, 2, dtype=torch.float64)
+    value = jacobian_penalty(f, z, form=form, num_probes=4000, generator=generator, batch_dims=0)
+    torch.testing.assert_close(value, full.square().sum() / 12, rtol=0.05, atol=0.0)
+    ragged = jacobian_penalty(f, z, form=form, num_probes=4000, generator=generator, segments=SEGMENTS)
+    torch.testing.assert_close(ragged, full.square().sum() / 12, rtol=0.05, atol=0.0)
+
+
+# --- smallest singular value -----------------------------------------------------------------------------------------
+
+
+def matrix_of_condition(size: int, condition: float, seed: int) -> Tensor:
+    """`J` such that the singular values of `I - J` reach from one down to one over the condition."""
+    g = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), size, dtype=torch.float64)
+    return torch.eye(size, dtype=torch.float64) - left @ torch.diag(values) @ right.T
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e5])
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_smallest_singular_value_is_that_of_the_dense_matrix(size, condition):
+    matrix = matrix_of_condition(size, condition if size > 1 else 1.0, seed=size)
+    expected = torch.linalg.svdvals(torch.eye(size, dtype=torch.float64) - matrix)[-1]
+    value = smallest_singular_value(linear(matrix), torch.zeros(3, size, dtype=torch.float64), num_steps=size)
+    torch.testing.assert_close(value, expected.expand(3), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 10])
+def test_smallest_singular_value_is_never_taken_too_small(num_steps):
+    """Few steps see part of the space; `||z - z*|| <= ||g|| / sigma` then only claims less accuracy falsely."""
+    matrix = matrix_of_condition(30, 1e2, seed=3)
+    value = smallest_singular_value(linear(matrix), torch.zeros(4, 30, dtype=torch.float64), num_steps=num_steps)
+    assert (value >= 1e-2 * (1 - 1e-9)).all()
+
+
+def test_smallest_singular_value_is_that_of_the_jacobian_at_z():
+    f, _, z = small_map()
+    jacobian = torch.autograd.functional.jacobian(f, z)
+    expected = [torch.linalg.svdvals(torch.eye(5, dtype=z.dtype) - jacobian[i, :, i])[-1] for i in range(3)]
+    torch.testing.assert_close(smallest_singular_value(f, z), torch.stack(expected).detach(), rtol=1e-6, atol=0.0)
+
+
+def test_smallest_singular_value_of_coupled_and_ragged_states():
+    f, full, blocks = ragged_linear()
+    z = torch.zeros(6, 2, dtype=torch.float64)
+
+    def dense(matrix: Tensor) -> Tensor:
+        return torch.linalg.svdvals(torch.eye(len(matrix), dtype=matrix.dtype) - matrix)[-1]
+
+    torch.testing.assert_close(smallest_singular_value(f, z, batch_dims=0), dense(full).reshape(1), rtol=1e-6, atol=0.0)
+    ragged = smallest_singular_value(f, z, segments=SEGMENTS)
+    for problem, block in blocks.items():
+        torch.testing.assert_close(ragged[problem], dense(block), rtol=1e-6, atol=0.0)
+
+
+def test_smallest_singular_value_of_a_constant_map_is_one():
+    value = smallest_singular_value(lambda z: torch.ones(2, 3), torch.zeros(2, 3))
+    torch.testing.assert_close(value, torch.ones(2))
+
+
+def test_number_of_steps_below_one_is_named():
+    with pytest.raises(ValueError, match="num_steps=0"):
+        smallest_singular_value(torch.cos, torch.zeros(1, 2), num_steps=0)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
+def test_error_bound_is_residual_over_the_dense_singular_value_and_holds(condition):
+    matrix = matrix_of_condition(12, condition, seed=9)
+    b = torch.randn(4, 12, dtype=torch.float64)
+    f = lambda z: z @ matrix.T + b  # noqa: E731
+    z_star = torch.linalg.solve(torch.eye(12, dtype=torch.float64) - matrix, b.T).T
+    solution = solve(f, torch.zeros_like(b), solver=Broyden(rtol=1e-4, max_steps=10))
+    z = solution.value.detach()
+    bound = error_bound(f, z)
+    residual = (f(z) - z).norm(dim=1)
+    torch.testing.assert_close(bound, residual * condition, rtol=1e-4, atol=0.0)
+    assert ((z - z_star).norm(dim=1) <= bound * (1 + 1e-6)).all()
+    known = torch.full((4,), 2.0, dtype=torch.float64)
+    torch.testing.assert_close(error_bound(f, z, smallest=known), residual / 2.0)
+
+
+def test_error_bound_of_coupled_and_ragged_states_holds():
+    f_linear, full, _ = ragged_linear()
+    b = torch.randn(6, 2, dtype=torch.float64)
+    f = lambda z: 0.5 * f_linear(z) + b  # noqa: E731
+    z_star = torch.linalg.solve(torch.eye(12, dtype=torch.float64) - 0.5 * full, b.reshape(12)).reshape(6, 2)
+    z = fixed_point(f, torch.zeros_like(b), batch_dims=0, solver=Broyden(rtol=1e-2)).value.detach()
+    assert error_bound(f, z, batch_dims=0).shape == (1,)
+    assert ((z - z_star).norm() <= error_bound(f, z, batch_dims=0)).all()
+    ragged = error_bound(f, z, segments=SEGMENTS)
+    for problem in (0, 1, 3):
+        own = torch.eq(SEGMENTS, problem)
+        assert (z - z_star)[own].norm() <= ragged[problem] * (1 + 1e-9)

@@ -210,7 +210,7 @@ def test_rules_are_those_of_the_second_layer_unless_given() -> None:
     deq1 = DEQ(TanhCell(4), solver=Anderson(), adjoint=BackpropAdjoint(), throw=True)
     deq2 = DEQ(TanhCell(4), solver=Broyden(rtol=1e-5), adjoint=ADJOINT)
     one = stack(deq1, deq2)
-    assert (one.solver, one.adjoint, one.throw) == (deq2.solver, deq2.adjoint, True)
+    assert (one.solver, one.adjoint, one.on_failure) == (deq2.solver, deq2.adjoint, "raise")
     given = stack(deq1, deq2, solver=FixedPointIteration(max_steps=2), adjoint=BackpropAdjoint())
     assert (given.solver, given.adjoint) == (FixedPointIteration(max_steps=2), BackpropAdjoint())
     with pytest.raises(ConvergenceError):

@@ -1,18 +1,21 @@
 """How gradients pass through an equilibrium. This file holds the only `autograd.Function`."""
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as recompute
 
-from deepeq.iterate import Measured, Measures, OnStep, Problem, in_current_modes, iterate, reconcile, unit_of
+from deepeq.diagnosis import explain_nonfinite
+from deepeq.iterate import Measured, Measures, OnStep, Problem, in_current_modes, iterate, reconcile
 from deepeq.packing import Map
 from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
 from deepeq.solvers import GMRES, Solver
@@ -20,6 +23,7 @@ from deepeq.solvers import GMRES, Solver
 OnFailure = Literal["ignore", "warn", "raise"]
 """What happens when a solve misses its tolerance: nothing, a `ConvergenceWarning`, or a `ConvergenceError`."""
 
+_LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 LinearSolve = Callable[[Map, Tensor], Tensor]
 """From `u -> J^T u` and `v` to (an approximation of) the `u` with `u = J^T u + v`."""
 
@@ -70,6 +74,9 @@ class ImplicitAdjoint(Adjoint):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver={self.solver!r} of ImplicitAdjoint must be a Solver, such as GMRES()")
+        check_choice("on_failure", self.on_failure, OnFailure)
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback={self.callback!r} of ImplicitAdjoint must be a function of a Solution")
         if self.checkpoint and self.twice_differentiable:
             raise ValueError("checkpoint=True keeps no graph to differentiate twice; set twice_differentiable=False")
 
@@ -90,7 +97,7 @@ class ImplicitAdjoint(Adjoint):
     ) -> Tensor:
         # The equation is linear: solved for v of size one, it does not lose small or large gradients to the range of
         # float32, and its tolerances do not depend on the scale of the loss.
-        unit = _dual_unit(v, z, sizes)
+        unit = _unit_of_gradients(product, v, z, sizes)
         v = v / unit
         backward = Problem(
             function=lambda u: product(u * unit) / unit + v,
@@ -141,6 +148,11 @@ class NeumannAdjoint(Adjoint):
         u = v
         for _ in range(self.terms - 1):
             u = product(u) + v
+        if not bool(torch.isfinite(u).all()):
+            raise RuntimeError(
+                f"the series of NeumannAdjoint(terms={self.terms}) is not finite: the gradient that came in is not, or "
+                "the spectral radius of the map exceeds one, so take fewer terms or ImplicitAdjoint()"
+            )
         return u
 
 
@@ -152,7 +164,8 @@ class PhantomAdjoint(Adjoint):
 
     With `returns="last"` the value is the state after these steps, with gradients or without. Together with
     `max_steps=0` of the solver, or a small limit and a warm start, this is truncated backpropagation. The residual is
-    then that of the state before the last step, and nothing is called converged.
+    then that of the state before the last step, and nothing is called converged or warns. The steps go on from the
+    point that the solver would have evaluated next: `FixedPointIteration(max_steps=n)` makes `n` plain steps before.
 
     References:
         Geng et al. (2021), On training implicit models, NeurIPS, eq. 9 (unrolling-based phantom gradient).
@@ -177,7 +190,7 @@ class PhantomAdjoint(Adjoint):
     ) -> Solution:
         measures = Measures(problem, solver)
         last = self.returns == "last"
-        solution = _search(problem, z0, solver, measures, keep, on_step, confirm=not last)
+        solution = _search(problem, z0, solver, measures, keep, on_step, confirm=not last, advance=last)
         if not last and not torch.is_grad_enabled():
             return _with_kept_states(problem, solution)
         z, joint = tracked(solution.value), None
@@ -190,6 +203,9 @@ class PhantomAdjoint(Adjoint):
         solution = solution._replace(num_evals=solution.num_evals + self.steps)
         if not last:
             solution = _confirmed(solution, joint, problem, solver)
+            if not solution.message and not bool(torch.isfinite(z).all()):
+                message = "the steps of PhantomAdjoint overflow, and so does its gradient: take fewer steps, or damping"
+                solution = solution._replace(message=message)
             # The phantom steps give the gradient alone: the value, and with it the residual, is the solver's.
             return _with_kept_states(problem, solution, _Equilibrium.apply(z, solution.value, _Rule(None)))
         relative, absolute = joint.relative.to(z.dtype), joint.absolute.to(z.dtype)
@@ -197,8 +213,7 @@ class PhantomAdjoint(Adjoint):
             residual=relative, absolute_residual=absolute, converged=torch.zeros_like(solution.converged)
         )
         if solution.result is not Result.NONFINITE:
-            truncated = solution.result is Result.CONVERGED or solver.max_steps == 0
-            solution = solution._replace(result=Result.MAX_STEPS, message="" if truncated else solution.message)
+            solution = solution._replace(result=Result.MAX_STEPS, message="")
         return _with_kept_states(problem, solution, z if torch.is_grad_enabled() else z.clone())
 
 
@@ -212,18 +227,31 @@ class BackpropAdjoint(Adjoint):
     def solve(
         self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
     ) -> Solution:
+        if torch.is_grad_enabled() and not solver.differentiable:
+            raise TypeError(
+                f"BackpropAdjoint cannot differentiate the steps of {type(solver).__name__}; use ImplicitAdjoint(), or "
+                "another solver"
+            )
         solution = iterate(problem, solver, tracked(z0), keep=keep, on_step=on_step)
         kept = tuple(z if fz is None else fz for z, fz in solution.kept)
-        value = solution.value if torch.is_grad_enabled() else solution.value.clone()
-        return solution._replace(value=value, kept=kept)
+        return solution._replace(value=solution.value.clone(), kept=kept)
 
 
-def report(message: str, solution: Solution, on_failure: OnFailure, stacklevel: int = 3) -> None:
-    """Raise, warn, or ignore, as the caller of a solve wishes."""
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ValueError unless `value` is one of the strings of a Literal."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def report(message: str, solution: Solution, on_failure: OnFailure) -> None:
+    """Raise, warn, or ignore, as the caller of a solve wishes; a warning points at the first line outside libraries."""
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     if on_failure == "warn":
-        warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel)
+        level, frame = 1, sys._getframe(0)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, ConvergenceWarning, stacklevel=level)
 
 
 def tracked(z: Tensor) -> Tensor:
@@ -232,7 +260,8 @@ def tracked(z: Tensor) -> Tensor:
     An `f` that hides its parameters from autograd, as reentrant checkpointing does, gets its gradients only where its
     argument asks for one.
     """
-    if not torch.is_grad_enabled() or z.requires_grad:
+    # Inside a transform of torch.func, which BackpropAdjoint allows, a tensor may not be asked for gradients.
+    if not torch.is_grad_enabled() or z.requires_grad or torch._C._are_functorch_transforms_active():
         return z
     return z.detach().requires_grad_()
 
@@ -246,12 +275,22 @@ def _search(
     on_step: OnStep | None,
     *,
     confirm: bool = True,
+    advance: bool = False,
 ) -> Solution:
     """Return the solution without a graph; where a graph is to be built, its evaluation confirms the residuals."""
     confirm = confirm and not torch.is_grad_enabled()
     with torch.no_grad():
         z0 = z0.detach()
-        solution = iterate(problem, solver, z0, keep=keep, on_step=on_step, measures=measures, confirm=confirm)
+        solution = iterate(
+            problem,
+            solver,
+            z0,
+            keep=keep,
+            on_step=on_step,
+            measures=measures,
+            confirm=confirm,
+            advance=advance,
+        )
     if forward_ad.unpack_dual(solution.value).tangent is not None:
         raise NotImplementedError(
             "forward-mode derivatives of an equilibrium are supported by BackpropAdjoint only; use reverse mode"
@@ -266,18 +305,24 @@ def _confirmed(solution: Solution, joint: Measured, problem: Problem, solver: So
     """Return the solution with what the evaluation that builds the graph says of it."""
     if solver.max_steps == 0:  # nothing was measured before
         dtype = solution.value.dtype
-        return solution._replace(residual=joint.relative.to(dtype), absolute_residual=joint.absolute.to(dtype))
-    return reconcile(solution, joint, problem, solver) if problem.verify else solution
+        solution = solution._replace(residual=joint.relative.to(dtype), absolute_residual=joint.absolute.to(dtype))
+        broken = torch.isnan(joint.relative)
+        if bool(broken.any()):
+            first = solution._replace(num_steps=solution.num_steps + 1)
+            message = explain_nonfinite(first, broken, problem.name)
+            solution = solution._replace(result=Result.NONFINITE, message=message)
+        return solution
+    return reconcile(solution, joint, problem) if problem.verify else solution
 
 
 def _with_kept_states(problem: Problem, solution: Solution, value: Tensor | None = None) -> Solution:
     """Return the solution with its value, and its kept points as states: `f` of each, differentiable through `f`."""
     # A copy: without a graph the value may be z0 itself, or what f returned last.
-    value = solution.value.clone() if value is None else value
+    value = value if value is not None else torch.clone(solution.value)
     kept, num_evals = [], solution.num_evals
     for point, fz in solution.kept:
         if fz is None:  # the search had ended
-            kept.append(value)
+            kept.append(value.clone())
         elif torch.is_grad_enabled():
             kept.append(problem(tracked(point)))
             num_evals += 1
@@ -352,8 +397,8 @@ class _Equilibrium(torch.autograd.Function):
             with torch.enable_grad():
                 z, before = z.detach().requires_grad_(), fz.detach()
                 fz = rule.evaluate(z)
-            size = float(before.abs().max()) if before.numel() else 0.0
-            if not torch.allclose(fz, before, rtol=1e-4, atol=1e-5 * size):
+            size = float(before.nan_to_num(0.0, 0.0, 0.0).abs().max()) if before.numel() else 0.0
+            if not torch.allclose(fz, before, rtol=1e-4, atol=1e-5 * size, equal_nan=True):
                 raise RuntimeError(
                     "f changed between the forward and the backward pass (a parameter updated, a mask drawn anew), so "
                     "ImplicitAdjoint(checkpoint=True) cannot evaluate it again; run backward before changing anything"
@@ -463,16 +508,36 @@ def _product(fz: Tensor, z: Tensor, u: Tensor) -> Tensor:
     return gradient
 
 
-def _dual_unit(v: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return powers of two that bring `v` to one, `(B, 1)`, or `(B, N)` where the parts of `z` lie far apart.
+def _unit_of_gradients(product: Map, v: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return powers of two that bring `u` near one, `(B, 1)`, or `(B, N)` where the parts of `z` lie far apart.
 
-    A gradient with respect to a part of large numbers is small where it matters as much as that of the other parts.
+    The gradient with respect to a part of large numbers is small where it matters as much as that of other parts. Its
+    size is seen in `v` and `J^T v`, at the price of one product.
     """
-    shape = unit_of(z, sizes)
-    dual = 1.0 / shape if shape is not None and shape.shape[1] > 1 else torch.ones_like(v[:, :1])
-    largest = (v / dual).abs().amax(dim=1, keepdim=True) if v.numel() else dual
-    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    return dual * torch.exp2(torch.frexp(largest)[1].to(v.dtype))
+    if not v.numel():
+        return v.new_ones(len(v), 1)
+    parts = sizes if len(sizes) > 1 else [v.shape[1]]
+    state = _largest_of_parts(z, parts)
+    state = torch.where(state > 0, state, state.amax(dim=1, keepdim=True))
+    seen = _largest_of_parts(v, parts)
+    if not bool((state.amax(dim=1) > 1e6 * state.amin(dim=1)).any()):
+        return _power_of_two(seen.amax(dim=1, keepdim=True))
+    seen = torch.maximum(seen, _largest_of_parts(product(v), parts))
+    # Parts without a gradient get the size that the sizes of the state suggest, with a margin.
+    expected = state.amin(dim=1, keepdim=True) / state
+    seen = torch.maximum(seen, 1e-3 * expected * seen.amax(dim=1, keepdim=True))
+    columns = torch.tensor([size for size in parts if size], device=v.device)
+    return _power_of_two(seen).repeat_interleave(columns, dim=1)
+
+
+def _largest_of_parts(z: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.stack([part.abs().amax(dim=1) for part in z.split(list(sizes), dim=1) if part.shape[1]], dim=1)
+
+
+def _power_of_two(size: Tensor) -> Tensor:
+    """Return powers of two near sizes, and one where they are zero or not finite."""
+    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+    return torch.exp2(torch.frexp(size)[1].to(size.dtype))
 
 
 def _check_positive(name: str, value: int, owner: object) -> None:

@@ -165,6 +165,7 @@ class Unrolled(_TiedLayer):
         no_grad_depth: Number of layers before them, which run without a graph (truncated backpropagation).
         checkpoint: Keep only about `sqrt(depth)` states between forward and backward, and compute the layers between
             them twice (Chen et al. 2016, Training deep nets with sublinear memory cost).
+        batch_dims: Number of leading dimensions of the state that index the problems of the residuals; 0 for one.
         keep_every: Return the states after every so many of the `depth` layers, but for the last, in `Solution.kept`,
             for auxiliary losses; 0 for none.
 
@@ -173,9 +174,17 @@ class Unrolled(_TiedLayer):
     """
 
     def __init__(
-        self, cell: nn.Module, depth: int, *, no_grad_depth: int = 0, checkpoint: bool = False, keep_every: int = 0
+        self,
+        cell: nn.Module,
+        depth: int,
+        *,
+        no_grad_depth: int = 0,
+        checkpoint: bool = False,
+        keep_every: int = 0,
+        batch_dims: int = 1,
     ) -> None:
         super().__init__(cell)
+        self.batch_dims = batch_dims
         counts = (("depth", depth, 1), ("no_grad_depth", no_grad_depth, 0), ("keep_every", keep_every, 0))
         for name, value, least in counts:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -187,7 +196,7 @@ class Unrolled(_TiedLayer):
         return self.solve(*self.prepare(x, z0, memory))
 
     def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
-        packing = Packing(z0)
+        packing = Packing(z0, self.batch_dims)
 
         def layers(z: Any, first: int, last: int) -> tuple[Any, list[Any], Tensor]:
             kept, residuals = [], []

@@ -7,7 +7,9 @@ from deepeq.solution import Result, Solution
 from deepeq.solvers.base import Solver
 
 
-def explain_steps(solution: Solution, solver: Solver, first: Tensor, *, linear: bool = False) -> str:
+def explain_steps(
+    solution: Solution, solver: Solver, first: Tensor, *, linear: bool = False, resolution: float = 0.0
+) -> str:
     """Return why the worst problem may have missed its tolerance, and what to change.
 
     Args:
@@ -15,6 +17,7 @@ def explain_steps(solution: Solution, solver: Solver, first: Tensor, *, linear: 
         solver: The solver that found it.
         first: Absolute residual of each problem at the first point, `(B,)`.
         linear: The map is the affine one of a backward pass.
+        resolution: Relative rounding of the map, where it is coarser than the dtype of the solution.
     """
     if not len(solution.trace):
         return f"max_steps=0 of {type(solver).__name__} looks for no equilibrium, and returns the first state as it is"
@@ -26,19 +29,20 @@ def explain_steps(solution: Solution, solver: Solver, first: Tensor, *, linear: 
     )
     if linear:
         return f"{reached}; raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits), or solve it with GMRES()"
-    return f"{reached}; {_advice(solution, solver, worst, float(first[worst]))}"
+    return f"{reached}; {_advice(solution, solver, worst, float(first[worst]), resolution)}"
 
 
-def _advice(solution: Solution, solver: Solver, worst: int, first: float) -> str:
-    history = solution.trace[:, worst].double().cpu()
+def _advice(solution: Solution, solver: Solver, worst: int, first: float, resolution: float) -> str:
+    history = solution.trace[:, worst]
     residual, absolute = float(solution.residual[worst]), float(solution.absolute_residual[worst])
-    finite = history[torch.isfinite(history)]
-    last = float(history[-1])
-    if residual <= 30 * torch.finfo(solution.residual.dtype).eps:
-        return f"{solution.residual.dtype} resolves no more: raise rtol, or work in float64"
+    history = torch.where(torch.isfinite(history), history, torch.inf)
+    half = len(history) // 2
+    last, least = float(history[-1]), float(history.min())
+    if residual <= max(30 * torch.finfo(solution.residual.dtype).eps, 2 * resolution):
+        return "its precision resolves no more: raise rtol (to 1e-2 where f works in 16 bits), or take a wider dtype"
     if residual > 0.1 and absolute < 1e-3 * first:
         return "the equilibrium seems to be near zero, where a relative residual says little: set atol"
-    if not last <= 10 * float(finite.min()) and len(finite) > 2:
+    if len(history) > 2 and not last <= 10 * least:
         return (
             f"{_with_semicolon(solver.advice(len(history)))}the iteration moves away from its best point: try "
             "Broyden(line_search_steps=5), NewtonKrylov(), damping, or a normalization inside the map"
@@ -46,8 +50,7 @@ def _advice(solution: Solution, solver: Solver, worst: int, first: float) -> str
     own = solver.advice(len(history))
     if own:
         return own
-    half = len(finite) // 2
-    if half and float(finite[half:].min()) < 0.5 * float(finite[:half].min()):
+    if half and float(history[half:].min()) < 0.5 * float(history[:half].min()):
         return "it is still falling: raise max_steps, or loosen rtol"
     return (
         "it falls no more: loosen rtol, try another solver (Anderson, Broyden, NewtonKrylov) or a longer history, or "

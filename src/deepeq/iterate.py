@@ -35,8 +35,12 @@ class Problem:
     root: bool = False
     scale: Tensor | None = None
     """Scale and sign of `g` for the solvers, `(B, 1)`."""
+    rounding: Tensor | None = None
+    """What rounding errors leave of `g`, for each number that `norm` gives; smaller tolerances are not asked for."""
     first: Tensor | None = None
     """Value of `function` at the first point where it is known; the first step is then free, and counts."""
+    resolution: float = 0.0
+    """Relative rounding of what `function` returns, where it is coarser than the packed dtype."""
     verify: bool = True
     """Check that the residuals of all problems hold together at the returned state."""
     linear: bool = False
@@ -82,9 +86,10 @@ class Measures:
         distance = self._problem.norm(measured)
         if self._problem.root:
             if self._first is None:
-                # A part of g that is zero at z0 has no size of its own.
-                largest = distance if distance.ndim == 1 else distance.amax(dim=1, keepdim=True)
-                self._first = torch.where(distance > 0, distance, largest)
+                self._first = distance
+                if self._problem.rounding is not None and self._rtol:
+                    # A part of g that is zero at z0, to rounding, has no size of its own.
+                    self._first = torch.maximum(distance, self._problem.rounding / self._rtol)
             scale = self._first
         else:
             scale = self._problem.norm(fz)
@@ -105,6 +110,7 @@ def iterate(
     on_step: OnStep | None = None,
     measures: Measures | None = None,
     confirm: bool = True,
+    advance: bool = False,
 ) -> Solution:
     """Return the best point that `solver` finds, problem by problem.
 
@@ -126,6 +132,7 @@ def iterate(
         on_step: Observer of each step.
         measures: What measures; a caller that measures the returned state again hands it over.
         confirm: Make the evaluation that `problem.verify` asks for; a caller that makes it anyway says no.
+        advance: Return the point that would be evaluated next in the place of the best one.
 
     Returns:
         A Solution with a `(B, N)` value, and pairs of points and their `f(z)` (or None) in `kept`.
@@ -135,8 +142,7 @@ def iterate(
     evaluate = _Counted(problem, in_current_modes(problem.evaluate, z0.device.type))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     with _modes_of_algebra(z0.device.type):
-        # A clone of an inference tensor has a version counter, which shows changes in place.
-        z = z0.clone() if z0.is_inference() else z0
+        z = _counting(z0)
         search, rule, unit, state = _Search(z, solver), solver, None, None
         for step in range(1, solver.max_steps + 1):
             known = problem.first if step == 1 else None
@@ -146,10 +152,10 @@ def iterate(
                 on_step(step, z, search.log[-1].relative)
             if step in keep:
                 kept[step] = (z, fz)
-            if step == solver.max_steps or (step % check_every == 0 and search.all_done()):
+            if (step == solver.max_steps and not advance) or (step % check_every == 0 and search.all_done()):
                 break
             if step == 1:
-                unit = unit_of(g, problem.sizes)
+                unit = unit_of(g)
                 rule = solver.bind(evaluate.residual_in(unit))
                 state = rule.init(z if unit is None else z / unit)
             if unit is None:
@@ -157,14 +163,17 @@ def iterate(
             else:
                 z_next, state = rule.step(z / unit, fz / unit, g / unit, state)
                 z_next = z_next * unit
-            z = search.next_point(z_next)
+            z = _counting(search.next_point(z_next))
+            del z_next, fz, g, measured  # so that the next evaluation has their memory
         solution, joint = search.outcome(problem, evaluate.count)
+        if advance:
+            return solution._replace(value=z, kept=tuple(kept.get(step, (z, None)) for step in keep))
         if problem.verify and joint is None and confirm:
             fz, _, measured = evaluate(search.value)
             joint = measures(fz, measured)
             solution = solution._replace(num_evals=evaluate.count)
         if problem.verify and joint is not None:
-            solution = reconcile(solution, joint, problem, solver)
+            solution = reconcile(solution, joint, problem)
     return solution._replace(kept=tuple(kept.get(step, (search.value, None)) for step in keep))
 
 
@@ -202,7 +211,7 @@ class _Search:
         self._running = active
 
     def all_done(self) -> bool:
-        return not self._running.any()
+        return bool((~self._running).all())
 
     def next_point(self, z_next: Tensor) -> Tensor:
         """Return the next point, with the problems that are done at their values."""
@@ -212,7 +221,7 @@ class _Search:
         if self._may_look:  # cheaper than copying
             if mask.all():
                 return a
-            if not mask.any():
+            if (~mask).all():
                 return b
         return torch.where(mask.unsqueeze(1), a, b)
 
@@ -255,11 +264,18 @@ class _Search:
             message = explain_nonfinite(solution, broken, problem.name)
             solution = solution._replace(result=Result.NONFINITE, message=message)
         elif not bool(converged.all()):
-            message = explain_steps(solution, self._solver, self.log[0].absolute, linear=problem.linear)
+            message = explain_steps(
+                solution, self._solver, self.log[0].absolute, linear=problem.linear, resolution=problem.resolution
+            )
             solution = solution._replace(result=Result.MAX_STEPS, message=message)
         last = int(best_step.max()) if size else 0
         together = (best_step == last) | (~self._running & (num_steps < last))
         return solution, self.log[last - 1] if last and bool(together.all()) else None
+
+
+def _counting(z: Tensor) -> Tensor:
+    """Return a tensor with a version counter, which shows changes in place: inference tensors have none."""
+    return z.clone() if z.is_inference() else z
 
 
 @dataclass
@@ -281,58 +297,54 @@ class _Counted:
         return lambda z: self(z * unit)[1] / unit
 
 
-def reconcile(solution: Solution, joint: Measured, problem: Problem, solver: Solver) -> Solution:
+def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution:
     """Return the solution with what one evaluation of all problems together says of it.
 
     Problems that are solved one by one, although they depend on each other, reach their tolerances at different times,
     and the earlier ones are wrong when the later ones have moved. Where that evaluation contradicts what was claimed,
     nobody is called converged, and the true residuals are reported.
     """
-    error, relative, absolute, _ = joint
-    dtype = solution.value.dtype
+    dtype, device_type = solution.value.dtype, solution.value.device.type
     noise = 30 * torch.finfo(dtype).eps  # one map may take different kernels with gradients and without
-    device_type = solution.value.device.type
     if torch.is_autocast_enabled(device_type):
         noise = max(noise, 4 * torch.finfo(torch.get_autocast_dtype(device_type)).eps)
-    claimed = solution.converged
-    tolerated = 1.01 + (noise / solver.rtol if solver.rtol else 0.0)
-    lost = claimed & ~(error <= tolerated)
-    known = torch.isfinite(solution.residual)
-    differs = known & ~((relative - solution.residual).abs() <= 0.1 * solution.residual + noise)
-    wrong = lost | (differs & ~claimed & ~torch.isnan(relative))
-    if not bool(wrong.any()):
+    claimed, reported = solution.converged, solution.residual
+    nonfinite = claimed & ~(joint.total < torch.inf)
+    # The distance is more than 1.01 times the tolerance, and the noise besides.
+    lost = claimed & ~nonfinite & (1.01 / joint.error + noise / joint.relative < 1.0)
+    change = (joint.relative - reported).abs()  # NaN where a problem is not finite
+    moved = (joint.absolute - solution.absolute_residual).abs()
+    stale = (change > 1e-3 * reported + noise) | (moved > 1e-3 * solution.absolute_residual + noise * joint.total)
+    if not bool((nonfinite | lost | stale).any()):
         return solution
-    result = Result.MAX_STEPS if solution.result is Result.CONVERGED else solution.result
+    differs = lost | (~claimed & (change > 0.1 * reported + noise))
     solution = solution._replace(
-        residual=relative.to(dtype),
-        absolute_residual=absolute.to(dtype),
-        converged=torch.zeros_like(claimed) if bool(lost.any()) else claimed,
-        result=result,
+        residual=torch.where(stale, joint.relative.to(dtype), reported),
+        absolute_residual=torch.where(stale, joint.absolute.to(dtype), solution.absolute_residual),
+        converged=torch.zeros_like(claimed) if bool(lost.any()) else claimed & ~nonfinite,
     )
-    message = explain_inconsistency(solution, problem.name)
-    return solution._replace(message=f"{solution.message}; {message}" if solution.message else message)
+    messages = [solution.message] if solution.message else []
+    if bool(nonfinite.any()):
+        messages.append(explain_nonfinite(solution, nonfinite, problem.name))
+    if bool(differs.any()):
+        messages.append(explain_inconsistency(solution, problem.name))
+    result = solution.result
+    if result is Result.CONVERGED and not bool(solution.converged.all()):
+        result = Result.MAX_STEPS
+    return solution._replace(result=result, message="; ".join(messages))
 
 
-def unit_of(g: Tensor, sizes: Sequence[int]) -> Tensor | None:
-    """Return powers of two that bring `g` near one, `(B, 1)` or per part `(B, N)`; None where it is near enough.
+def unit_of(g: Tensor) -> Tensor | None:
+    """Return powers of two that bring `g` near one, `(B, 1)`; None where all of it is near enough.
 
-    Squares of numbers around 1e-25 and 1e25 leave the range of float32. A part of huge numbers would leave a rule
-    blind for the others. A power of two changes no digit.
+    Squares of numbers around 1e-25 and 1e25 leave the range of float32. A power of two changes no digit.
     """
     if not g.numel():
         return None
-    parts = g.detach().split(list(sizes), dim=1) if len(sizes) > 1 else [g.detach()]
-    largest = torch.stack([part.abs().amax(dim=1) for part in parts if part.shape[1]], dim=1)  # (B, P)
-    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, torch.nan)
-    exponents = torch.frexp(largest.nan_to_num(1.0))[1].to(g.dtype).masked_fill(largest.isnan(), torch.nan)
-    seen = exponents.nan_to_num(0.0)
-    apart = exponents.nan_to_num(-torch.inf).amax(dim=1) - exponents.nan_to_num(torch.inf).amin(dim=1)
-    if bool((apart > 20).any()):  # the parts of a problem lie a factor of a million apart
-        columns = torch.tensor([size for size in sizes if size], device=g.device)
-        return torch.exp2(seen).repeat_interleave(columns, dim=1)
-    if bool((seen.abs() > 20).any()):
-        return torch.exp2(exponents.nan_to_num(-torch.inf).amax(dim=1, keepdim=True).nan_to_num(neginf=0.0))
-    return None
+    largest = g.detach().abs().amax(dim=1, keepdim=True)
+    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    exponent = torch.frexp(largest)[1]
+    return torch.exp2(exponent.to(g.dtype)) if bool((exponent.abs() > 20).any()) else None
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Products with the Jacobian of a map of packed states."""
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -40,7 +42,8 @@ class JacobianProduct:
 
     def _tangent(self, z: Tensor, v: Tensor) -> Tensor | None:
         try:
-            with forward_ad.dual_level():
+            with warnings.catch_warnings(), forward_ad.dual_level():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its first use in a process
                 return forward_ad.unpack_dual(self._g(forward_ad.make_dual(z, v))).tangent
         except (RuntimeError, NotImplementedError):  # no formula, or a transform inside that does not nest
             return None

@@ -62,6 +62,7 @@ class Packing:
             raise ValueError(
                 f"the tensors of z0 must be on one device, got {sorted({str(leaf.device) for leaf in leaves})}"
             )
+        self.device_type = leaves[0].device.type
         self._num_leading = batch_dims if segments is None else 1
         self._rows: Tensor | None = None  # where each row of a ragged state goes, (R,)
         if segments is None:
@@ -105,8 +106,11 @@ class Packing:
                 f"{[tuple(shape) for shape in self.shapes]}; give one problem index per row"
             )
         segments = segments.to(device=device, dtype=torch.int64)
-        if num_rows and int(segments.min()) < 0:
-            raise ValueError(f"segments holds {int(segments.min())}; problems are counted from 0")
+        if num_rows and not 0 <= int(segments.min()) <= int(segments.max()) <= 4 * num_rows + 1024:
+            raise ValueError(
+                f"segments holds {int(segments.min())} to {int(segments.max())} for {num_rows} rows; count problems "
+                "from 0, without large gaps"
+            )
         counts = torch.bincount(segments) if num_rows else segments.new_zeros(1)
         order = torch.argsort(segments, stable=True)
         first = counts.cumsum(0) - counts  # in the sorted order
@@ -127,7 +131,8 @@ class Packing:
         leaves, structure = pytree.tree_flatten(_in_order_of(self._skeleton, state))
         if structure != self.structure or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise ValueError(
-                f"{source} returned a state of another structure than z0; return {self._describe()}, got {type(state)}"
+                f"{source} returned a state of another structure than z0: return {self._describe()}, or give a z0 like "
+                f"the state, got {type(state).__name__}"
             )
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if leaf.shape != shape:
@@ -144,7 +149,9 @@ class Packing:
 
     def _pack_part(self, leaf: Tensor, dtype: torch.dtype, row_size: int) -> Tensor:
         if dtype.is_complex:
-            leaf = torch.view_as_real(leaf if leaf.is_complex() else leaf.to(dtype))
+            # Not view_as_real, which refuses conjugates and odd offsets.
+            leaf = leaf if leaf.is_complex() else leaf.to(dtype)
+            leaf = torch.stack((leaf.real, leaf.imag), dim=-1)
         if self._rows is None:
             return leaf.reshape(self.batch_size, row_size).to(self.dtype)
         rows = leaf.reshape(len(self._rows), row_size).to(self.dtype)
@@ -163,8 +170,21 @@ class Packing:
         if self._rows is not None:
             part = part.reshape(self.batch_size * self._rows_per_problem, row_size)[self._rows]
         if dtype.is_complex:
-            return torch.view_as_complex(part.reshape(*shape, 2).contiguous()).to(dtype)
+            return torch.complex(*part.reshape(*shape, 2).unbind(dim=-1)).to(dtype)
         return part.reshape(shape).to(dtype)
+
+    @property
+    def resolution(self) -> float:
+        """Relative rounding of the coarsest dtype that `f` works in."""
+        dtypes = [dtype.to_real() for dtype in self.dtypes]
+        if torch.is_autocast_enabled(self.device_type):
+            dtypes.append(torch.get_autocast_dtype(self.device_type))
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    @property
+    def copies(self) -> bool:
+        """Whether `pack` always makes a new tensor; else it may return the state itself."""
+        return self._rows is not None or len(self.sizes) > 1 or self.dtypes[0] != self.dtype
 
     def mask(self) -> Tensor | None:
         """Return which entries of a packed state are no padding, `(B, N)`; None where all are."""
@@ -199,12 +219,16 @@ class Packing:
 
     def _users_norm(self, function: Callable[[Any], Tensor], flat: Tensor) -> Tensor:
         values = function(self.unpack(flat))
-        if not isinstance(values, Tensor) or values.numel() % max(1, self.batch_size):
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"norm returned {got}; return a tensor of real floating-point numbers")
+        num_problems, shape = self.batch_size, tuple(values.shape)
+        if num_problems != 1 and shape[:1] != (num_problems,) and shape[: self._num_leading] != tuple(self.batch_shape):
             raise ValueError(
-                f"norm returned {got}; return one or several numbers for each of {self.batch_size} problems"
+                f"norm returned shape {shape}; its first dimensions must be {tuple(self.batch_shape)}, with one entry "
+                "or several for each problem"
             )
-        return values.reshape(self.batch_size, values.numel() // max(1, self.batch_size))
+        return values.reshape(num_problems, max(1, values.numel() // max(1, num_problems)))
 
     def _position_norms(self, flat: Tensor) -> Tensor:
         norms = []

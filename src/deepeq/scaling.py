@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from deepeq.norms import inner, safe_two_norm
-from deepeq.solvers.base import Map
+from deepeq.packing import Map
 
 _PROBES = 6
 """Most evaluations of the map; nearly always the first is enough."""
@@ -42,6 +42,6 @@ def automatic_scale(g: Map, z0: Tensor, g0: Tensor) -> Tensor:
         settled = settled | found
         if bool(settled.all()):
             break
-        length = length * torch.where(finite, growth, -0.1)
-        growth = growth * growth
+        length = torch.where(finite, growth * length, -0.1 * length)
+        growth = min(growth * growth, 1e12)
     return scale.to(z0.dtype)

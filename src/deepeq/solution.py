@@ -56,6 +56,9 @@ class ConvergenceError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.solution)
+
 
 class ConvergenceWarning(UserWarning):
     """A solve stopped short of its tolerance: the equilibrium, or the gradient, is less exact than was asked for."""

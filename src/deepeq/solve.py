@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, OnFailure, report
+from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, OnFailure, check_choice, report
 from deepeq.iterate import Problem
-from deepeq.packing import Norm, Packing
+from deepeq.norms import safe_two_norm
+from deepeq.packing import Map, Norm, Packing
 from deepeq.scaling import automatic_scale
 from deepeq.solution import ConvergenceError, Result, Solution
 from deepeq.solvers import Broyden, NewtonKrylov, Solver
@@ -104,7 +105,14 @@ def fixed_point(
     options = _Options(keep, "raise" if throw else on_failure, nonfinite, callback)
     packing = Packing(z0, batch_dims, segments)
     function = _Watched(f, packing, "f")
-    problem = Problem(function=function, norm=packing.norm(norm), sizes=packing.sizes, verify=verify, name="f")
+    problem = Problem(
+        function=function,
+        norm=packing.norm(norm),
+        sizes=packing.sizes,
+        resolution=packing.resolution,
+        verify=verify,
+        name="f",
+    )
     _refuse_transforms(adjoint)
     return _solve(problem, packing, packing.pack(z0, "z0"), solver, adjoint, options, function)
 
@@ -129,9 +137,12 @@ def root_find(
     """Return the root `g(z*) = 0` near `z0`.
 
     A problem has converged when `||g(z)|| <= atol + rtol ||g(z0)||`; neither the units of `g` nor the place of the
-    root matter. One evaluation of `g` near `z0` finds a scale and a sign `a`, so that `z + a g(z)` is a sensible map
-    for the solver. `Solution.residual` is `||g(z)|| / ||g(z0)||`, `absolute_residual` is `||g(z)||`. Arguments and
-    errors are those of `fixed_point`, except for the default solver.
+    root matter. A part of `g` has converged, too, where rounding errors of `z` leave no more of it. One evaluation
+    of `g` near `z0` finds a scale and a sign `a`, so that `z + a g(z)` is a sensible map. `Solution.residual` is
+    `||g(z)|| / ||g(z0)||`, `absolute_residual` is `||g(z)||`.
+
+    The default solver is `NewtonKrylov`, to two thirds of the digits of the dtype. Other arguments and errors are those
+    of `fixed_point`.
     """
     packing = Packing(z0, batch_dims, segments)
     solver, adjoint = check_rules(solver or default_root_solver(packing.dtype), adjoint)
@@ -141,18 +152,39 @@ def root_find(
     with torch.no_grad():
         first = function(start.detach())
         scale = automatic_scale(function, start.detach(), first)
+        measure = packing.norm(norm)
+        rounding = None
+        if first.numel() and measure(first).ndim > 1:
+            rounding = _rounding_of_parts(function, start.detach(), first, scale, measure)
     with_graph = isinstance(adjoint, BackpropAdjoint) and torch.is_grad_enabled()
     problem = Problem(
         function=function,
-        norm=packing.norm(norm),
+        norm=measure,
         sizes=packing.sizes,
         root=True,
         scale=scale,
+        rounding=rounding,
         first=None if with_graph else first,
+        resolution=packing.resolution,
         verify=verify,
         name="g",
     )
     return _solve(problem, packing, start, solver, adjoint, options, function)
+
+
+def _rounding_of_parts(
+    g: Map, z0: Tensor, g0: Tensor, scale: Tensor, norm: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """Return what rounding errors of `z` leave of each part of `g`, `(B, P)`, seen in a first step.
+
+    A part that holds at `z0` already, such as a constraint, can have a `g(z0)` of rounding errors alone.
+    """
+    step = scale * g0
+    length, size = safe_two_norm(step), torch.maximum(safe_two_norm(step), safe_two_norm(z0))
+    change = norm(g(z0 + step) - g0)
+    ratio = (size / torch.where(length > 0, length, 1.0)).unsqueeze(1)
+    rounding = 10 * torch.finfo(z0.dtype).eps * change * ratio
+    return torch.where(torch.isfinite(rounding), rounding, 0.0)
 
 
 def default_root_solver(dtype: torch.dtype) -> Solver:
@@ -185,16 +217,14 @@ class _Options:
         nonfinite: Nonfinite,
         callback: Callable[[int, Any, Tensor], None] | None,
     ) -> None:
-        self.keep = tuple(keep)
-        for step in self.keep:
-            if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-                raise ValueError(f"keep={keep!r} must hold whole numbers >= 1, the steps whose states are kept")
-        for name, value, allowed in (
-            ("on_failure", on_failure, get_args(OnFailure)),
-            ("nonfinite", nonfinite, get_args(Nonfinite)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+        steps = tuple(keep) if isinstance(keep, Sequence) else (keep,)
+        if not isinstance(keep, Sequence) or any(type(step) is not int or step < 1 for step in steps):
+            raise ValueError(f"keep={keep!r} must be a list or tuple of whole numbers >= 1, the steps to keep")
+        self.keep: tuple[int, ...] = steps
+        check_choice("on_failure", on_failure, OnFailure)
+        check_choice("nonfinite", nonfinite, Nonfinite)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback={callback!r} must be a function of the step, the state and the residuals")
         self.on_failure: OnFailure = on_failure
         self.nonfinite, self.callback = nonfinite, callback
 
@@ -212,7 +242,7 @@ def _solve(
 
     def on_step(step: int, z: Tensor, residual: Tensor) -> None:
         assert observe is not None
-        observe(step, packing.unpack(z), packing.per_problem(residual.to(z.dtype)))
+        observe(step, packing.unpack(z.clone()), packing.per_problem(residual.to(z.dtype)))
 
     solution = adjoint.solve(problem, z0, solver, keep=options.keep, on_step=on_step if observe else None)
     per_problem = packing.per_problem
@@ -229,7 +259,7 @@ def _solve(
     if solution.result is Result.NONFINITE and options.nonfinite == "raise":
         raise ConvergenceError(solution.message, solution)
     if solution.message:
-        report(solution.message, solution, options.on_failure, stacklevel=4)
+        report(solution.message, solution, options.on_failure)
     return solution
 
 
@@ -237,13 +267,14 @@ class _Watched:
     """The user's function on packed states `(B, N)`, and the checks that it leaves its argument alone.
 
     Changes that a version counter does not see (through `.data` or numpy) are looked for at the first two points. A
-    function that writes all its results into one buffer is harmless: its results are copied.
+    function that writes its results into buffers of its own is harmless: they are copied during the search.
     """
 
     def __init__(self, function: Callable[[Any], Any], packing: Packing, name: str) -> None:
         self._function, self._packing, self._name = function, packing, name
+        if not callable(function):
+            raise TypeError(f"{name}={function!r} must be a function of a state")
         self.num_calls = 0
-        self._first: Tensor | None = None  # kept, so that no other tensor takes its place in memory
 
     def __call__(self, flat: Tensor) -> Tensor:
         self.num_calls += 1
@@ -258,10 +289,7 @@ class _Watched:
                 f"{self._name} changed its argument in place, and with it the iterate; use operations that make new "
                 "tensors (inplace=False)"
             )
-        if self._first is None:
-            self._first = value.detach()
-            return value.clone()
-        return value.clone() if value.data_ptr() in (self._first.data_ptr(), flat.data_ptr()) else value
+        return value if self._packing.copies or torch.is_grad_enabled() else value.clone()
 
 
 def _refuse_transforms(adjoint: Adjoint) -> None:

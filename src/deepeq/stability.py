@@ -206,7 +206,7 @@ def _check_steps(num_steps: int, least: int) -> None:
 
 def _unit_vectors(point: Tensor, mask: Tensor | None, generator: torch.Generator | None) -> Tensor:
     v = _normal(point, mask, generator)
-    return v / two_norm(v).unsqueeze(1)
+    return v / two_norm(v).clamp_min(torch.finfo(v.dtype).tiny).unsqueeze(1)
 
 
 def _divided(v: Tensor, norm: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import json
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -57,13 +56,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("pieces", TRELLIS, replace(EQUILIBRIUM, subsequence_len=4))
     run("stack", TRANSFORMER, EquilibriumConfig(), depth=5)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _denormals() -> Iterator[None]:
-    """The benchmarks set them to zero, which must not reach other tests."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 def bench(

@@ -2,14 +2,16 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import memory
 import pytest
 import torch
-from memory import LiveBytes, Size, broyden, count, equilibrium, stack
+from memory import LiveBytes, Size, Step, broyden, count, equilibrium, stack
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deepeq import GMRES
+from deepeq import GMRES, ImplicitAdjoint
 from deepeq.models import LayerStack, TransformerConfig, TrellisConfig
 
 TRELLIS = TrellisConfig(d_input=6, d_hidden=16, d_output=8, hidden_dropout=0.1, weight_dropout=0.3)
@@ -17,6 +19,7 @@ TRANSFORMER = TransformerConfig(
     d_model=16, num_heads=2, d_inner=24, memory_len=7, weight_norm=True, hidden_dropout=0.1, attention_dropout=0.1
 )
 SIZE = Size(2, 9)
+STATE_BYTES = {TRELLIS: 4 * 2 * 9 * 2 * 16, TRANSFORMER: 4 * 2 * 9 * 16}
 STEPS, HISTORY = 5, 3
 RULE = broyden(STEPS, HISTORY)
 
@@ -65,11 +68,10 @@ def test_what_autograd_keeps_is_counted():
 )
 def test_the_count_from_shapes_is_that_with_data(config, network):
     make = network(config)
-    counted, with_data = count(make, SIZE), count(make, SIZE, data=True)
-    # With pieces, some bytes of flags and counters are alive at another time.
-    assert counted.peak == (
-        pytest.approx(with_data.peak, abs=1024) if "piece_len" in network.keywords else with_data.peak
-    )
+    with sdpa_kernel(SDPBackend.MATH):  # not one that the processor chooses
+        counted, with_data = count(make, SIZE), count(make, SIZE, data=True)
+    # One vector of a solver's history more or less would be a state.
+    assert counted.peak == pytest.approx(with_data.peak, abs=STATE_BYTES[config] / 2)
     assert counted._replace(peak=0) == with_data._replace(peak=0)
     assert counted.parameters == counted.gradients == 4 * sum(p.numel() for p in config.build().parameters())
     assert counted.peak > counted.start > counted.parameters
@@ -86,6 +88,21 @@ def test_all_steps_are_taken():
     assert count(equilibrium(TRELLIS, RULE, RULE, piece_len=3), SIZE).evaluations == 3 * (STEPS + 1)
 
 
+@pytest.mark.parametrize("config", [TRELLIS, TRANSFORMER], ids=["trellis", "transformer"])
+@pytest.mark.parametrize("piece_len", [None, 4])
+def test_all_steps_are_taken_with_data_too(config, piece_len):
+    step = Step(equilibrium(config, RULE, RULE, piece_len=piece_len), SIZE)
+    layer, backward = step.network.core, []
+    assert isinstance(layer.adjoint, ImplicitAdjoint)
+    layer.adjoint = replace(layer.adjoint, callback=backward.append)
+    step.run()
+    pieces = 1 if piece_len is None else 3
+    assert step.evaluations == pieces * (STEPS + 1)
+    assert len(backward) == pieces
+    # Not near their end either, where rounding could bring a residual down to zero.
+    assert all((solution.num_steps == STEPS).all() and (solution.residual > 1e-6).all() for solution in backward)
+
+
 def test_bytes_are_affine_in_the_batch():
     make = equilibrium(TRELLIS, RULE, RULE)
     one, two, five = (count(make, Size(batch_size, 40)).peak for batch_size in (1, 2, 5))
@@ -95,38 +112,42 @@ def test_bytes_are_affine_in_the_batch():
 
 def test_a_stack_grows_with_its_depth_and_a_deq_with_its_history_alone():
     size = Size(2, 40)
-    stacks = [count(stack(TRELLIS, depth), size).peak for depth in (4, 8, 12)]
+    stacks = [count(stack(TRELLIS, depth), size).peak for depth in (4, 6, 8)]
     state = 4 * 2 * size.batch_size * size.length * TRELLIS.d_hidden  # bytes of (h, c)
     assert stacks[2] - stacks[1] == pytest.approx(stacks[1] - stacks[0], abs=state / 10)
-    assert stacks[1] - stacks[0] > 4 * state
+    assert stacks[1] - stacks[0] > 2 * state
     peaks = {
         steps: count(equilibrium(TRELLIS, broyden(*steps), broyden(*steps)), size).peak
-        for steps in ((20, 10), (40, 10), (20, 20))
+        for steps in ((8, 4), (16, 4), (8, 8))
     }
-    assert peaks[40, 10] == pytest.approx(peaks[20, 10], abs=state / 10)
+    assert peaks[16, 4] == pytest.approx(peaks[8, 4], abs=state / 10)
     # A window that has to restart keeps one state more than a history that holds all steps.
-    assert peaks[20, 20] - peaks[20, 10] == pytest.approx(9 * state, abs=state / 10)
+    assert peaks[8, 8] - peaks[8, 4] == pytest.approx(3 * state, abs=state / 10)
 
 
 def test_the_benchmark_writes_its_files(tmp_path, monkeypatch, capsys):
+    recipe = "wikitext103_transformer_small"
     monkeypatch.setattr(memory, "CHECKS", {})
-    options = "--recipes wikitext103_transformer_small --batch_size 2 --length 6 --max_steps 3"
+    monkeypatch.setattr(memory, "HISTORIES", (5,))
+    monkeypatch.setattr(memory, "PARTS", (3,))
+    monkeypatch.setattr(memory, "COMPARISONS", {recipe: memory.COMPARISONS[recipe]._replace(depth=3)})
+    options = f"--recipes {recipe} --curve_recipe {recipe} --batch_size 2 --length 6 --max_steps 3"
     options += " --curve_depths 1 2 --curve_steps 1 2 --out"
     monkeypatch.setattr(sys, "argv", ["memory", *options.split(), str(tmp_path)])
     memory.main()
     result = json.loads((tmp_path / "memory.json").read_text())
     rows = {row["network"]: row for row in result["rows"]}
-    assert {"16 tied layers", "4 layers of their own", "DEQ, history 5", "DEQ, history 5, pieces of 2"} <= rows.keys()
+    assert {"3 tied layers", "4 layers of their own", "DEQ, history 5", "DEQ, history 5, pieces of 2"} <= rows.keys()
     deq = rows["DEQ, history of all steps"]
     assert deq["history"] == deq["backward_history"] == 3
-    assert deq["less_by"] == 1 - deq["peak"] / rows["16 tied layers"]["peak"]
+    assert deq["less_by"] == 1 - deq["peak"] / rows["3 tied layers"]["peak"]
     assert deq["parameters"] + deq["gradients_at_peak"] + deq["rest_at_peak"] == deq["peak"]
     assert deq["paper_less_by"] == pytest.approx(1 - 1.1 / 6.8)
     assert list(result["curve"]["peaks"]["tied layers"]) == ["1", "2"]
     assert "--curve_depths 1 2" in result["command"]
     assert "| DEQ, history 5, checkpoint=True |" in (tmp_path / "memory.md").read_text()
     assert (tmp_path / "memory.png").stat().st_size > 10_000
-    assert "16 tied layers" in capsys.readouterr().err
+    assert "3 tied layers" in capsys.readouterr().err
 
 
 @pytest.mark.slow

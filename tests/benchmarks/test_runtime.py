@@ -2,13 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import runtime
-import torch
 from _runs import Planned
 
 from deepeq import GMRES, Anderson, Broyden
@@ -42,13 +40,6 @@ def runs(tmp_path: Path) -> Path:
         run = FolderConfig(dir=str(tmp_path / "runs" / name))
         train(replace(base, model=ModelConfig(layer=layer, depth=depth), equilibrium=equilibrium, run=run))
     return tmp_path / "runs"
-
-
-@pytest.fixture(autouse=True)
-def _denormals() -> Iterator[None]:
-    """The benchmark sets them to zero, which must not reach other tests."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 def test_networks_take_turns_and_are_compared(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

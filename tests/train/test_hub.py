@@ -3,9 +3,7 @@
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deepeq import Anderson, Broyden, FixedPointIteration, Solver, Subsequences
-from deepeq.cli import _parser, main
+from deepeq.cli import main
 from deepeq.data import CopyMemoryConfig, DataConfig, Vocabulary
 from deepeq.models import LanguageModel, ModelConfig, RecurrentConfig, TCNConfig, TransformerConfig, TrellisConfig
 from deepeq.nn import VocabularyConfig
@@ -79,14 +77,6 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "pretrained"
     pretrained().save_pretrained(path)
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_parser() -> Iterator[None]:
-    """To build the parser of the command takes longer than most of the commands here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepeq.cli._parser", cache(_parser))
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from deepeq.train.config import RunConfig, plain
 from deepeq.train.loggers import make_loggers
 from tests.train.conftest import with_train
+
+
+@pytest.fixture(autouse=True)
+def _ordered_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read in the order of their names: a second, then a count of the process, where 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:

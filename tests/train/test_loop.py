@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from deepeq.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from deepeq.train.config import EquilibriumConfig
 from deepeq.train.metrics import read_metrics
 from deepeq.train.schedules import Geometric, Linear
-from tests.train.conftest import with_layer, with_run, with_train
+from tests.train.conftest import shorten_endings, tiny_run, with_layer, with_run, with_train
 
 
 class Trap:
@@ -38,7 +39,8 @@ def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
     return [(row["step"], row["nll"]) for row in read_metrics(folder / "metrics.jsonl") if row["split"] == split]
 
 
-def test_run_learns_and_writes_what_it_promises(config: RunConfig) -> None:
+def test_run_learns_and_writes_what_it_promises(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with its figures and its sample
     config = with_train(config, steps=200, eval_every=100)
     result = train(config)
     folder = RunFolder(Path(result["run_dir"]))
@@ -148,18 +150,28 @@ def test_the_last_checkpoints_and_the_best_are_kept(config: RunConfig) -> None:
     assert folder.best.exists()
 
 
+@pytest.fixture(scope="module")
+def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that `config` describes, to copy."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_endings(patch)
+        train(tiny_run(text_file, path))
+    return path
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "pickle"])
 def test_damaged_checkpoint_is_one_sentence_and_the_one_before_goes_on(
-    config: RunConfig, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = train(config)
-    folder = RunFolder(Path(config.run.dir or ""))
+    folder = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
+    result = json.loads(folder.result.read_text())
     newest, before = folder.at_step(12, sharded=False), folder.at_step(10, sharded=False)
     content, intact = bytearray(newest.read_bytes()), before.read_bytes()
     content[len(content) // 2] ^= 64
     trap = pickle.dumps(Trap(tmp_path / "ran"))
     newest.write_bytes({"cut": content[:-100], "flipped": content, "empty": b"", "pickle": trap}[damage])
-    command = ["train", "--config", str(folder.config), "--resume", "auto"]
+    command = ["train", "--config", str(folder.config), "--run.dir", str(folder.path), "--resume", "auto"]
     capsys.readouterr()
     assert main(command) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
@@ -266,6 +278,7 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         "subsequence_len": {"subsequence_len": 3, "jacobian_weight": 0.0},
     }
     seen = {}
+    config = with_train(config, steps=9, eval_every=9)
     for name, values in variants.items():
         variant = replace(config, equilibrium=replace(config.equilibrium, **values))
         folder = tmp_path / name

@@ -1,5 +1,6 @@
 """The trained model of the paper's table 1 that the repository carries."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,23 @@ from deepeq.data import CopyMemory, CopyMemoryConfig
 from deepeq.models import TiedNetwork
 from deepeq.train.hub import open_model
 
-FOLDER = Path(__file__).parents[2] / "pretrained" / "copy_memory"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "pretrained" / "copy_memory"
+RESULT = ROOT / "benchmarks" / "results" / "2026-11-21_2-core-cpu_copy_memory" / "copy_memory.json"
 PAPER_LOSS, MOST_PARAMETERS = 3.5e-6, 14_500
+MOST_LOSS = 1e-5  # three times the measured one, for other arithmetic and few sequences; without memory it is 0.0495
+MOST_LOSS_OF_A_TOKEN = 0.01  # so each digit has a probability of 0.99; the measured one is a fiftieth
 
 
-def test_shipped_equilibrium_copies_across_400_blanks_better_than_in_the_paper() -> None:
+def test_measured_loss_is_below_that_of_the_paper() -> None:
+    """Of the whole test set, as committed."""
+    measured = json.loads(RESULT.read_text())["models"]["copy_memory"]
+    assert measured["test_loss"] <= PAPER_LOSS
+    assert f"value: {measured['test_loss']!r}\n" in (FOLDER / "README.md").read_text()
+    assert (measured["num_params"], measured["test_unconverged"]) == (13_946, 0.0)
+
+
+def test_shipped_equilibrium_copies_across_400_blanks() -> None:
     config, vocabulary, model = open_model(FOLDER)
     assert vocabulary is None
     assert config.data.copy_memory == CopyMemoryConfig()  # T = 400, 2,000 sequences to test on
@@ -23,7 +36,8 @@ def test_shipped_equilibrium_copies_across_400_blanks_better_than_in_the_paper()
     with torch.no_grad():
         output = model(tokens, None, targets)
     assert output.nll is not None
-    assert output.nll.mean() <= PAPER_LOSS
+    assert output.nll.max() <= MOST_LOSS_OF_A_TOKEN
+    assert output.nll.mean() <= MOST_LOSS
     assert output.solution.converged.all()
 
 
@@ -36,13 +50,18 @@ def test_shipped_equilibrium_copies_across_400_blanks_better_than_in_the_paper()
     ],
     ids=lambda solver: type(solver).__name__,
 )
-def test_shipped_equilibrium_is_one_whichever_solver_looks_for_it(solver: Solver) -> None:
+def test_shipped_equilibrium_is_nearly_one_whichever_solver_looks_for_it(solver: Solver) -> None:
     config, _, model = open_model(FOLDER)
     tokens, targets = (ids[:4] for ids in CopyMemory(config.data.copy_memory).sequences("test"))
     assert isinstance(model.network, TiedNetwork)
     assert isinstance(model.network.core, DEQ)
-    model.network.core.solver = solver
     with torch.no_grad():
+        shipped = model(tokens, None, targets)
+        model.network.core.solver = solver
         output = model(tokens, None, targets)
     assert output.solution.converged.all()
-    assert output.nll.mean() <= PAPER_LOSS
+    assert output.nll.max() <= MOST_LOSS_OF_A_TOKEN
+    assert output.nll.mean() <= MOST_LOSS
+    # Where the map moves a state slowly, a small residual leaves it some room: one to two per cent.
+    states = [solved.solution.value.flatten(1) for solved in (shipped, output)]
+    assert ((states[1] - states[0]).norm(dim=1) <= 0.1 * states[0].norm(dim=1)).all()

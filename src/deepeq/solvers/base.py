@@ -33,6 +33,8 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} of {type(self).__name__} must be a number")
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}={value!r} of {type(self).__name__} must be a finite number >= 0")
         if self.rtol == 0.0 and self.atol == 0.0:
@@ -63,6 +65,11 @@ class Solver(ABC):
     def nonfinite_patience(self) -> int:
         """Number of consecutive non-finite evaluations that the rule can back off from; 0 by default."""
         return 0
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients may be taken through the steps of the rule, as `BackpropAdjoint` does."""
+        return True
 
     def bind(self, g: Map) -> Self:
         """Return the rule for one search on `g`; a rule that needs more than evaluations overrides this."""

@@ -87,6 +87,10 @@ class NewtonKrylov(Solver):
             return ""
         return "the search may be at a local minimum of ||g(z)||: start elsewhere, or check that there is a root"
 
+    @property
+    def differentiable(self) -> bool:
+        return False  # singular values and products with the Jacobian have no stable derivative
+
     def bind(self, g: Map) -> Self:
         bound = replace(self)
         object.__setattr__(bound, "_jacobian", JacobianProduct(g))

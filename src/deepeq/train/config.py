@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,6 +257,14 @@ def run_config(values: Namespace) -> RunConfig:
     return RunConfig(**{part.name: values[part.name] for part in fields(RunConfig)})
 
 
+@cache
+def _recipe_parser() -> ArgumentParser:
+    """One for all recipes: to build it takes longer than to parse one."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_run_arguments(parser)
+    return parser
+
+
 def load_config(path: Path, *, complete: bool = False) -> RunConfig:
     """The configuration in a recipe, or in the `complete` file that a run saved.
 
@@ -265,8 +274,7 @@ def load_config(path: Path, *, complete: bool = False) -> RunConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} the folder of a run?")
-    parser = ArgumentParser(exit_on_error=False)
-    add_run_arguments(parser)
+    parser = _recipe_parser()
     try:
         config = run_config(parser.instantiate(parser.parse_args(["--config", str(path.absolute())])))
     except Exception as error:  # the parsing library raises many kinds; all mean that the file is at fault
