@@ -15,7 +15,7 @@ train: $(VENV)/train.stamp  ## Install what is missing, train the quickstart; th
 	@$(BIN)/deepeq train --config recipes/quickstart.yaml $(ARGS)
 
 test: $(VENV)/train,dev.stamp  ## Run the default test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/train,dev.stamp  ## Check format, lint, types and the layers
 	@$(BIN)/ruff format --check .

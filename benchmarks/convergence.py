@@ -131,7 +131,8 @@ def trace(f: Callable[[Any], Any], z0: Any, solver: Solver) -> Trace:
 
     start = time.perf_counter()
     try:
-        solution = deepeq.fixed_point(recorded, z0, solver=solver)
+        with torch.no_grad():
+            solution = deepeq.fixed_point(recorded, z0, solver=solver, on_failure="ignore", verify=False)
     except deepeq.ConvergenceError as error:  # a non-finite value: what came before it is a result too
         solution = error.solution
     return Trace(solution.trace.cpu(), torch.stack(absolute).cpu(), seconds, solution)

@@ -10,6 +10,8 @@ from hypothesis import settings
 # The same cases in every run, whatever the machine's speed.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+# Before any fixture: what a module's fixture computes is compared with what its tests compute.
+torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
@@ -21,11 +23,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     """One seed and one thread, so that a test does the same arithmetic on every run."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(20190901)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

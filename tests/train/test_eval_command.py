@@ -84,7 +84,7 @@ def test_command_takes_every_option_and_its_last_line_is_what_was_used(
     assert main(["eval", "--run", str(runs["transformer"]), *given, *solver]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: values[name] for name in options} == options
-    own = {"name": "Anderson", "history_size": 5, "ridge": 1e-8, "damping": 0.0}
+    own = {"name": "Anderson", "min_steps": 0, "history_size": 5, "ridge": 1e-8, "damping": 0.0}
     assert values["solver"] == of_solver | own
     assert values["device"] == "cpu"
     assert values["num_params"] > 0
@@ -162,7 +162,7 @@ def test_explicit_network_has_no_solver(measure: Measure) -> None:
         ("copy", {"segment_len": 8}, "segment_len must be 25"),
         ("trellis", {"rtol": -1.0}, "rtol=-1.0 of Broyden must be a finite number >= 0"),
         ("trellis", {"rtol": 0.0}, "rtol and atol of Broyden are both 0"),
-        ("trellis", {"max_steps": 0}, "max_steps=0 of Broyden must be a whole number >= 1"),
+        ("trellis", {"max_steps": -1}, "max_steps=-1 of Broyden must be a whole number >= 0"),
         ("trellis", {"memory_len": -1, "batch_size": 0}, "batch_size=0 must be >= 1; memory_len=-1 must be >= 0"),
         ("trellis", {"segment_len": 0, "subsequence_len": -3}, "segment_len=0 must be >= 1; subsequence_len=-3 must"),
         ("trellis", {"batch_size": 100_000}, "too short for batch_size=100000"),
