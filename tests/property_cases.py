@@ -74,7 +74,8 @@ class Layout:
     def flat(self, state: Any, dtype: torch.dtype) -> Tensor:
         """Return all numbers of a state as `(D,)`."""
         leaves = pytree.tree_leaves(state)
-        rows = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
+        # Not view_as_real, whose derivative refuses odd offsets.
+        rows = [torch.stack((leaf.real, leaf.imag), -1) if leaf.is_complex() else leaf for leaf in leaves]
         return torch.cat([row.reshape(-1).to(dtype) for row in rows])
 
     def state(self, flat: Tensor) -> Any:
@@ -84,7 +85,7 @@ class Layout:
             leaf = flat[start : start + size]
             start += size
             if dtype.is_complex:
-                leaves.append(torch.view_as_complex(leaf.reshape(*shape, 2).clone()).to(dtype))
+                leaves.append(torch.complex(*leaf.reshape(*shape, 2).unbind(-1)).to(dtype))
             else:
                 leaves.append(leaf.reshape(shape).to(dtype))
         return pytree.tree_unflatten(leaves, self.structure)

@@ -142,16 +142,17 @@ class NeumannAdjoint(Adjoint):
     ) -> Solution:
         measures = Measures(problem, solver)
         solution = _search(problem, z0, solver, measures, keep, on_step)
-        return _attach(problem, solution, measures, solver, self._adjoint_solve)
+        return _attach(problem, solution, measures, solver, partial(self._adjoint_solve, solution))
 
-    def _adjoint_solve(self, product: Map, v: Tensor) -> Tensor:
+    def _adjoint_solve(self, solution: Solution, product: Map, v: Tensor) -> Tensor:
         u = v
         for _ in range(self.terms - 1):
             u = product(u) + v
         if not bool(torch.isfinite(u).all()):
-            raise RuntimeError(
+            raise ConvergenceError(
                 f"the series of NeumannAdjoint(terms={self.terms}) is not finite: the gradient that came in is not, or "
-                "the spectral radius of the map exceeds one, so take fewer terms or ImplicitAdjoint()"
+                "the spectral radius of the map exceeds one, so take fewer terms or ImplicitAdjoint()",
+                solution,
             )
         return u
 
