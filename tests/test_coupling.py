@@ -237,7 +237,7 @@ def chain(z: Tensor, shift: Tensor = SHIFT) -> Tensor:
 def test_forgotten_coupling_is_told_and_nobody_is_called_converged(adjoint, grad):
     with torch.set_grad_enabled(grad):
         with pytest.warns(
-            ConvergenceWarning, match=r"depend on each other.*batch_dims=0 for one coupled state, segments"
+            ConvergenceWarning, match=r"depend on each other: set batch_dims=0 for one coupled state, or segments"
         ):
             solution = fixed_point(chain, START, adjoint=adjoint)
         coupled = fixed_point(chain, START, adjoint=adjoint, batch_dims=0)

@@ -1,5 +1,6 @@
-"""How gradients pass through an equilibrium. This file holds the only `autograd.Function`."""
+"""How gradients pass through an equilibrium."""
 
+import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -15,17 +16,17 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as recompute
 
 from deepeq.diagnosis import explain_nonfinite
+from deepeq.implicit import Equilibrium, LinearSolve, Rule
 from deepeq.iterate import Measured, Measures, OnStep, Problem, in_current_modes, iterate, reconcile
-from deepeq.packing import Map
+from deepeq.packing import Map, Packing
+from deepeq.scaling import power_of_two
 from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
 from deepeq.solvers import GMRES, Solver
 
 OnFailure = Literal["ignore", "warn", "raise"]
 """What happens when a solve misses its tolerance: nothing, a `ConvergenceWarning`, or a `ConvergenceError`."""
 
-_LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
-LinearSolve = Callable[[Map, Tensor], Tensor]
-"""From `u -> J^T u` and `v` to (an approximation of) the `u` with `u = J^T u + v`."""
+_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 class Adjoint(ABC):
@@ -60,8 +61,8 @@ class ImplicitAdjoint(Adjoint):
     """
 
     solver: Solver = field(default_factory=GMRES)
-    """Solver of the backward fixed point. Its `atol` is in units of the largest component of a problem's `dl/dz*`;
-    under autocast its `rtol` is taken as at least twice the rounding of the 16-bit type, the limit of products."""
+    """Solver of the backward fixed point. Its `atol` is in units of the largest component of a problem's `dl/dz*`. Its
+    `rtol` is at least twice the rounding of the type that `f` works in, the limit of products."""
     on_failure: OnFailure = "warn"
     """What happens when the backward solve misses its tolerance."""
     callback: Callable[[Solution], None] | None = None
@@ -83,10 +84,7 @@ class ImplicitAdjoint(Adjoint):
     def solve(
         self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
     ) -> Solution:
-        backward, device_type = self.solver, z0.device.type
-        if torch.is_autocast_enabled(device_type):
-            floor = 2.0 * torch.finfo(torch.get_autocast_dtype(device_type)).eps
-            backward = replace(backward, rtol=max(backward.rtol, floor))
+        backward = replace(self.solver, rtol=max(self.solver.rtol, 2.0 * problem.resolution))
         measures = Measures(problem, solver)
         solution = _search(problem, z0, solver, measures, keep, on_step)
         adjoint_solve = partial(self._adjoint_solve, backward, solution.value, problem.sizes, problem.verify)
@@ -97,10 +95,13 @@ class ImplicitAdjoint(Adjoint):
     ) -> Tensor:
         # The equation is linear: solved for v of size one, it does not lose small or large gradients to the range of
         # float32, and its tolerances do not depend on the scale of the loss.
-        unit = _unit_of_gradients(product, v, z, sizes)
+        unit = _unit_of_gradients(product, v, z, () if solver.needs_symmetry else sizes)
         v = v / unit
+        relative = unit / unit.amax() if unit.numel() else unit  # linear: one common factor changes nothing
+        norm = Packing.norm_of_parts(sizes)
         backward = Problem(
-            function=lambda u: product(u * unit) / unit + v,
+            function=lambda u: product(u * relative) / relative + v,
+            norm=norm,
             first=v,
             verify=verify,
             linear=True,
@@ -116,7 +117,10 @@ class ImplicitAdjoint(Adjoint):
         if solution.result is Result.NONFINITE:
             raise ConvergenceError(message, solution)
         if solution.message:
-            report(f"{message}. Gradients are less exact than asked for", solution, self.on_failure)
+            effect = "are less exact than asked for"
+            if not bool(torch.isfinite(solution.residual).all()):
+                effect = "of tensors that such problems share with others are not finite"
+            report(f"{message}. Gradients {effect}", solution, self.on_failure)
         return solution.value
 
 
@@ -208,7 +212,7 @@ class PhantomAdjoint(Adjoint):
                 message = "the steps of PhantomAdjoint overflow, and so does its gradient: take fewer steps, or damping"
                 solution = solution._replace(message=message)
             # The phantom steps give the gradient alone: the value, and with it the residual, is the solver's.
-            return _with_kept_states(problem, solution, _Equilibrium.apply(z, solution.value, _Rule(None)))
+            return _with_kept_states(problem, solution, Equilibrium.apply(z, solution.value, Rule(None)))
         relative, absolute = joint.relative.to(z.dtype), joint.absolute.to(z.dtype)
         solution = solution._replace(
             residual=relative, absolute_residual=absolute, converged=torch.zeros_like(solution.converged)
@@ -299,7 +303,9 @@ def _search(
     if torch.is_autocast_enabled(z0.device.type):
         # Casts of parameters that autocast cached just now carry no graph; reused outside, they would lose gradients.
         torch.clear_autocast_cache()
-    return solution._replace(value=solution.value.detach())
+    # A copy of z0, which its owner may change before the backward pass.
+    value = solution.value.clone() if solution.value is z0 else solution.value
+    return solution._replace(value=value.detach())
 
 
 def _confirmed(solution: Solution, joint: Measured, problem: Problem, solver: Solver) -> Solution:
@@ -349,196 +355,45 @@ def _attach(
     fz, _, measured = recompute(evaluate, z, use_reentrant=False) if checkpoint else evaluate(z)
     solution = solution._replace(value=z.detach(), num_evals=solution.num_evals + 1)
     solution = _confirmed(solution, measures(fz, measured), problem, solver)
-    rule = _Rule(adjoint_solve, in_current_modes(problem.__call__, z.device.type) if checkpoint else None)
+    rule = Rule(adjoint_solve, in_current_modes(problem.__call__, z.device.type) if checkpoint else None)
     if not twice:
-        return _with_kept_states(problem, solution, _Equilibrium.apply(fz, z, rule))
+        return _with_kept_states(problem, solution, Equilibrium.apply(fz, z, rule))
     # The first value has right first derivatives only. Evaluating f there connects z* to its own dependence on the
     # parameters, and the second node's gradient, (u, v - u), then has right derivatives itself.
-    first = _Equilibrium.apply(fz, z, _Rule(adjoint_solve, linear=True))
-    value = _Equilibrium.apply(problem(first), first, _Rule(adjoint_solve, connected=True))
+    first = Equilibrium.apply(fz, z, Rule(adjoint_solve, linear=True))
+    value = Equilibrium.apply(problem(first), first, Rule(adjoint_solve, connected=True))
     return _with_kept_states(problem, solution._replace(num_evals=solution.num_evals + 1), value)
 
 
-@dataclass(frozen=True)
-class _Rule:
-    solve: LinearSolve | None  # None passes the gradient on as it is
-    evaluate: Map | None = None  # f, where the graph was not kept
-    connected: bool = False  # z has a history: the node answers for second derivatives
-    linear: bool = False  # below a connected node: its derivative is linear in v, which a Hessian product needs
-    barrier: bool = False  # what a derivative of third order would have to pass, and must not
-    products: Map | None = None  # in place of those of the graph, with their transposed ones
-    transposed: Map | None = None
-
-
-class _Equilibrium(torch.autograd.Function):
-    """`z*` as a function of `f(z*)`: forward returns `z*`; backward turns `v = dl/dz*` into `u = (I - J^T)^{-1} v`.
-
-    Autograd then sends `u` through the graph of `f(z*)` to all that it touches.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, fz: Tensor, z: Tensor, rule: _Rule) -> Tensor:
-        ctx.save_for_backward(fz, z)
-        ctx.rule = rule
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (v,) = grad_outputs
-        (fz, z), rule = ctx.saved_tensors, ctx.rule
-        if rule.solve is None:
-            return v, None, None
-        twice = torch.is_grad_enabled()
-        if twice and not (rule.connected or rule.linear):
-            raise RuntimeError(
-                "second derivatives of an equilibrium (create_graph=True) need "
-                "ImplicitAdjoint(twice_differentiable=True); derivatives of third order are not supported"
-            )
-        if rule.evaluate is not None:
-            with torch.enable_grad():
-                z, before = z.detach().requires_grad_(), fz.detach()
-                fz = rule.evaluate(z)
-            size = float(before.nan_to_num(0.0, 0.0, 0.0).abs().max()) if before.numel() else 0.0
-            if not torch.allclose(fz, before, rtol=1e-4, atol=1e-5 * size, equal_nan=True):
-                raise RuntimeError(
-                    "f changed between the forward and the backward pass (a parameter updated, a mask drawn anew), so "
-                    "ImplicitAdjoint(checkpoint=True) cannot evaluate it again; run backward before changing anything"
-                )
-        with torch.no_grad():
-            products = rule.products or _Products(fz, z)
-            u = _solved(rule.solve, products, v)
-        if twice and rule.linear:
-            if rule.barrier:
-                barrier = fz.clone()
-                barrier.register_hook(_refuse_third_order)
-                v = v + (barrier - barrier.detach())
-            transposed = rule.transposed or _transposed_products(fz, z)
-            linear = _Rule(rule.solve, linear=True, products=transposed, transposed=products)
-            return _Equilibrium.apply(v, u, linear), None, None
-        if twice:
-            # u solves u = J^T u + v, again an equilibrium: it depends on v, and on the parameters and z* through J.
-            u = u.requires_grad_()
-            u = _Equilibrium.apply(_product(fz, z, u) + v, u, _Rule(rule.solve, linear=True, barrier=True))
-        # Autograd adds J^T u to the gradient of a connected z; only the part that u does not cover may go on.
-        return u, (v - u if rule.connected else None), None
-
-
-def _solved(solve: LinearSolve, products: Map, v: Tensor) -> Tensor:
-    try:
-        return solve(products, v.detach())
-    except RuntimeError as error:
-        if "atching rule" not in str(error):
-            raise
-        raise NotImplementedError(
-            "gradients in batches (is_grads_batched, or vectorize=True of torch.autograd.functional) cannot pass "
-            "through an equilibrium; take them one by one (vectorize=False)"
-        ) from error
-
-
-def _refuse_third_order(gradient: Tensor) -> Tensor:
-    raise RuntimeError("derivatives of an equilibrium of third order are not supported")
-
-
-def _transposed_products(fz: Tensor, z: Tensor) -> Map:
-    """Return `w -> J w`: the derivative of the linear map `u -> J^T u`."""
-    u = torch.zeros_like(fz).requires_grad_()
-    product = _product(fz, z, u)
-    return lambda w: torch.autograd.grad(product, u, w, retain_graph=True, materialize_grads=True)[0]
-
-
-class _Products:
-    """`u -> J^T u` with `J = df/dz`, from the graph of `f(z)`."""
-
-    def __init__(self, fz: Tensor, z: Tensor) -> None:
-        self._fz, self._z, self._first = fz, z, True
-
-    def __call__(self, u: Tensor) -> Tensor:
-        if not self._first:
-            return _product(self._fz, self._z, u)
-        self._first = False
-        watch = _LeafWatch()
-        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda tensor: tensor):
-            value = _product(self._fz, self._z, u)
-        watch.check()
-        return value
-
-
-class _LeafWatch:
-    """Notices a nested backward pass, which would add each product of a solve to the gradients of parameters.
-
-    A function that differentiates a graph of its own inside its backward saves tensors while it does so.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[Tensor, Tensor | None, int]] = []
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        if tensor.is_leaf and tensor.requires_grad:
-            gradient = tensor.grad
-            self._seen.append((tensor, gradient, 0 if gradient is None else gradient._version))
-        return tensor
-
-    def check(self) -> None:
-        for leaf, gradient, version in self._seen:
-            now = leaf.grad
-            if now is not gradient or (now is not None and now._version != version):
-                raise RuntimeError(
-                    "f runs a backward pass of its own inside its backward (an autograd.Function that calls "
-                    "torch.autograd.backward), which a solve of many products would add up; let it use "
-                    "torch.autograd.grad and return the gradients, or torch.utils.checkpoint with use_reentrant=False"
-                )
-
-
-def _product(fz: Tensor, z: Tensor, u: Tensor) -> Tensor:
-    """Return `J^T u`, itself differentiable where gradients are enabled."""
-    create = torch.is_grad_enabled()
-    try:
-        (gradient,) = torch.autograd.grad(fz, z, u, retain_graph=True, create_graph=create, materialize_grads=True)
-    except RuntimeError as error:
-        if "donated" in str(error):
-            raise RuntimeError(
-                "f was compiled for a single backward pass, but a backward solve makes many; set "
-                "torch._functorch.config.donated_buffer = False before the compiled f runs for the first time"
-            ) from error
-        if "use_reentrant" in str(error):
-            raise RuntimeError(
-                "f uses reentrant checkpointing, which cannot give the products that a backward solve needs; call "
-                "torch.utils.checkpoint.checkpoint with use_reentrant=False"
-            ) from error
-        raise
-    return gradient
-
-
 def _unit_of_gradients(product: Map, v: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return powers of two that bring `u` near one, `(B, 1)`, or `(B, N)` where the parts of `z` lie far apart.
+    """Return powers of two that bring `u` near one, `(B, 1)`, or `(B, N)` for states of several parts.
 
-    The gradient with respect to a part of large numbers is small where it matters as much as that of other parts. Its
-    size is seen in `v` and `J^T v`, at the price of one product.
+    A part without a loss of its own gets the unit of the largest. Where the parts of `z` lie far apart, the gradient
+    with respect to the large one is small and matters as much: its size is then seen in `J^T v`, for one product.
     """
     if not v.numel():
         return v.new_ones(len(v), 1)
-    parts = sizes if len(sizes) > 1 else [v.shape[1]]
-    state = _largest_of_parts(z, parts)
+    if len(sizes) < 2:
+        return power_of_two(v.abs().amax(dim=1, keepdim=True))
+    state, seen = _largest_of_parts(z, sizes), _largest_of_parts(v, sizes)  # (B, P)
+    largest = seen.amax(dim=1, keepdim=True)
+    unit = torch.where(seen > 0, seen, largest)
     state = torch.where(state > 0, state, state.amax(dim=1, keepdim=True))
-    seen = _largest_of_parts(v, parts)
-    if not bool((state.amax(dim=1) > 1e6 * state.amin(dim=1)).any()):
-        return _power_of_two(seen.amax(dim=1, keepdim=True))
-    seen = torch.maximum(seen, _largest_of_parts(product(v), parts))
-    # Parts without a gradient get the size that the sizes of the state suggest, with a margin.
-    expected = state.amin(dim=1, keepdim=True) / state
-    seen = torch.maximum(seen, 1e-3 * expected * seen.amax(dim=1, keepdim=True))
-    columns = torch.tensor([size for size in parts if size], device=v.device)
-    return _power_of_two(seen).repeat_interleave(columns, dim=1)
+    apart = state.amax(dim=1, keepdim=True) > 1e6 * state.amin(dim=1, keepdim=True)
+    if bool(apart.any()):
+        seen = torch.maximum(seen, _largest_of_parts(product(v), sizes))
+        # Parts without a gradient get the size that the sizes of the state suggest, with a margin.
+        expected = 1e-3 * state.amin(dim=1, keepdim=True) / state * seen.amax(dim=1, keepdim=True)
+        unit = torch.where(apart, torch.maximum(seen, expected), unit)
+    unit = power_of_two(unit)
+    if not bool((unit != unit[:, :1]).any()):
+        return unit[:, :1]
+    columns = zip(unit.split(1, dim=1), (size for size in sizes if size), strict=True)
+    return torch.cat([column.expand(-1, size) for column, size in columns], dim=1)
 
 
 def _largest_of_parts(z: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack([part.abs().amax(dim=1) for part in z.split(list(sizes), dim=1) if part.shape[1]], dim=1)
-
-
-def _power_of_two(size: Tensor) -> Tensor:
-    """Return powers of two near sizes, and one where they are zero or not finite."""
-    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
-    return torch.exp2(torch.frexp(size)[1].to(size.dtype))
 
 
 def _check_positive(name: str, value: int, owner: object) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from deepeq.adjoint import Adjoint, OnFailure, tracked
+from deepeq.adjoint import Adjoint, OnFailure, check_choice, tracked
 from deepeq.norms import ratio, safe_two_norm
-from deepeq.packing import Norm, Packing
+from deepeq.packing import Norm, NormName, Packing
 from deepeq.solution import Result, Solution
 from deepeq.solve import Nonfinite, check_rules, fixed_point, without_compiling
 from deepeq.solvers import Solver
@@ -98,7 +98,14 @@ class DEQ(_TiedLayer):
         super().__init__(cell)
         self.solver, self.adjoint = check_rules(solver, adjoint)
         self.batch_dims, self.norm, self.verify = batch_dims, norm, verify
-        self.on_failure, self.nonfinite = "raise" if throw else on_failure, nonfinite
+        self.on_failure: OnFailure = "raise" if throw else on_failure
+        self.nonfinite: Nonfinite = nonfinite
+        check_choice("on_failure", self.on_failure, OnFailure)
+        check_choice("nonfinite", nonfinite, Nonfinite)
+        if not callable(norm):
+            check_choice("norm", norm, NormName)
+        if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 0:
+            raise ValueError(f"batch_dims={batch_dims!r} of DEQ must be a whole number >= 0")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -228,13 +235,13 @@ class Unrolled(_TiedLayer):
         steps = torch.full((packing.batch_size,), len(residuals), device=residuals.device)
         return Solution(
             value=z,
-            residual=residuals[-1, 0],
-            converged=torch.zeros_like(steps, dtype=torch.bool),
-            num_steps=steps,
+            residual=packing.per_problem(residuals[-1, 0]),
+            converged=packing.per_problem(torch.zeros_like(steps, dtype=torch.bool)),
+            num_steps=packing.per_problem(steps),
             num_evals=len(residuals),
             result=Result.MAX_STEPS,
-            trace=residuals[:, 0],
-            absolute_residual=residuals[-1, 1],
+            trace=packing.per_problem(residuals[:, 0]),
+            absolute_residual=packing.per_problem(residuals[-1, 1]),
             kept=tuple(kept),
         )
 

@@ -1,14 +1,19 @@
 """Sentences about a search that failed: which problem, how far it came, and what to change."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from deepeq.solution import Result, Solution
+from deepeq.solution import Solution
+from deepeq.solvers import GMRES
 from deepeq.solvers.base import Solver
+
+Kind = Literal["fixed point", "root", "linear"]
 
 
 def explain_steps(
-    solution: Solution, solver: Solver, first: Tensor, *, linear: bool = False, resolution: float = 0.0
+    solution: Solution, solver: Solver, first: Tensor, *, kind: Kind = "fixed point", resolution: float = 0.0
 ) -> str:
     """Return why the worst problem may have missed its tolerance, and what to change.
 
@@ -16,79 +21,85 @@ def explain_steps(
         solution: A solution that did not converge.
         solver: The solver that found it.
         first: Absolute residual of each problem at the first point, `(B,)`.
-        linear: The map is the affine one of a backward pass.
+        kind: What was searched for; "linear" is the affine fixed point of a backward pass.
         resolution: Relative rounding of the map, where it is coarser than the dtype of the solution.
     """
     if not len(solution.trace):
-        return f"max_steps=0 of {type(solver).__name__} looks for no equilibrium, and returns the first state as it is"
+        return f"max_steps=0 of {type(solver).__name__} runs no search, so the first state was returned unchanged"
     worst = int(torch.where(solution.converged, -torch.inf, solution.residual).argmax())
     residual = float(solution.residual[worst])
     reached = (
         f"the residual of problem {worst} of {len(solution.residual)} (counted from 0) is {residual:.1e} after "
         f"{int(solution.num_steps[worst])} steps, above its tolerance (rtol={solver.rtol:g}, atol={solver.atol:g})"
     )
-    if linear:
-        return f"{reached}; raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits), or solve it with GMRES()"
-    return f"{reached}; {_advice(solution, solver, worst, float(first[worst]), resolution)}"
+    if kind == "linear":
+        other = "" if isinstance(solver, GMRES) else ", or take GMRES()"
+        generic = f"raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits){other}"
+        return f"{reached}; {solver.advice(len(solution.trace)) or generic}"
+    return f"{reached}; {_advice(solution, solver, worst, float(first[worst]), kind, resolution)}"
 
 
-def _advice(solution: Solution, solver: Solver, worst: int, first: float, resolution: float) -> str:
+def _advice(solution: Solution, solver: Solver, worst: int, first: float, kind: Kind, resolution: float) -> str:
     history = solution.trace[:, worst]
     residual, absolute = float(solution.residual[worst]), float(solution.absolute_residual[worst])
     history = torch.where(torch.isfinite(history), history, torch.inf)
     half = len(history) // 2
     last, least = float(history[-1]), float(history.min())
-    if residual <= max(30 * torch.finfo(solution.residual.dtype).eps, 2 * resolution):
-        return "its precision resolves no more: raise rtol (to 1e-2 where f works in 16 bits), or take a wider dtype"
-    if residual > 0.1 and absolute < 1e-3 * first:
-        return "the equilibrium seems to be near zero, where a relative residual says little: set atol"
-    if len(history) > 2 and not last <= 10 * least:
-        return (
-            f"{_with_semicolon(solver.advice(len(history)))}the iteration moves away from its best point: try "
-            "Broyden(line_search_steps=5), NewtonKrylov(), damping, or a normalization inside the map"
-        )
     own = solver.advice(len(history))
+    if len(history) > 2 and not last <= 10 * least:
+        away = "the iteration moves away from its best point: try damping, a normalization inside the map"
+        others = [other for other in _SAFER if not other.startswith(type(solver).__name__)]
+        return f"{own}; {away}, or {' or '.join(others)}" if own else f"{away}, or {' or '.join(others)}"
+    if half and float(history[half:].min()) < 0.5 * float(history[:half].min()):
+        falling = "the residual is still falling: raise max_steps, or loosen rtol"
+        return f"{falling}; {own}" if own else falling
+    if residual <= max(30 * torch.finfo(solution.residual.dtype).eps, 2 * resolution):
+        return "the residual is at rounding level: raise rtol (to 1e-2 where f works in 16 bits), or use a wider dtype"
+    if kind == "fixed point" and residual > 0.1 and absolute < 1e-3 * first:
+        return "the equilibrium seems to be near zero, where a relative residual says little: set atol"
     if own:
         return own
-    if half and float(history[half:].min()) < 0.5 * float(history[:half].min()):
-        return "it is still falling: raise max_steps, or loosen rtol"
-    return (
-        "it falls no more: loosen rtol, try another solver (Anderson, Broyden, NewtonKrylov) or a longer history, or "
-        "make the map more contractive (deepeq.jacobian_penalty)"
-    )
+    others = [other for other in _OTHERS if not other.startswith(type(solver).__name__)]
+    remedy = "make the map more contractive (deepeq.jacobian_penalty)"
+    if kind == "root":
+        remedy = "start elsewhere, or divide g and z by their typical sizes"
+    return f"the residual has stopped falling: loosen rtol, try {' or '.join(others)}, or {remedy}"
 
 
-def _with_semicolon(sentence: str) -> str:
-    return f"{sentence}; " if sentence else ""
+_SAFER = ("Broyden(line_search_steps=5)", "NewtonKrylov()")
+_OTHERS = ("Broyden(max_steps=200, history_size=200)", "Anderson(max_steps=100)", "NewtonKrylov()")
 
 
-def explain_nonfinite(solution: Solution, broken: Tensor, name: str) -> str:
+def explain_nonfinite(solution: Solution, broken: Tensor, name: str, *, at_end: bool = False) -> str:
     """Return which problem broke first, at which step, and where to look.
 
     Args:
         solution: A solution with a problem that broke.
         broken: Which problems did, bool `(B,)`.
         name: What was evaluated.
+        at_end: It broke at the returned state, after the search.
     """
     steps = torch.where(broken, solution.num_steps, torch.iinfo(torch.int64).max)
-    problem = int(steps.argmin())
+    problem, others = int(steps.argmin()), int(broken.sum()) - 1
     step = int(steps[problem])
-    where = " (the first evaluation, at z0)" if step == 1 else ""
-    others = int(broken.sum()) - 1
+    where = f"at step {step}{' (the first evaluation, at z0)' if step == 1 else ''}"
     more = f", and in {others} more" if others else ""
     return (
-        f"{name} returned a non-finite value at step {step}{where}, in problem {problem} of {len(broken)} (samples are "
-        f"counted from 0){more}: {Result.NONFINITE.value}"
+        f"{name} returned a non-finite value {'at the returned state' if at_end else where}, in problem {problem} of "
+        f"{len(broken)} (samples are counted from 0){more}: look for NaN in the inputs and parameters, then for a "
+        "diverging iteration (Broyden or Anderson instead of plain iteration, damping, a normalization inside f, a "
+        "lower learning rate)"
     )
 
 
 def explain_inconsistency(solution: Solution, name: str) -> str:
     """Return why one evaluation at the returned state contradicts the residuals that were measured before."""
     worst = float(solution.residual.nan_to_num(0.0).max())
-    causes = f"{name} is random or changes from call to call, so fix its random numbers for the whole solve"
-    if len(solution.residual) > 1:
+    num_problems = len(solution.residual)
+    causes = f"{name} is random or changes from call to call: fix its random numbers for the whole solve"
+    if num_problems > 1:
         causes = (
-            "the problems depend on each other, so say what one problem is (batch_dims=0 for one coupled state, "
-            f"segments for ragged ones), or {causes}"
+            f"the state was taken for {num_problems} independent problems, but they depend on each other: set "
+            f"batch_dims=0 for one coupled state, or segments for ragged problems. Or {causes}"
         )
-    return f"{name} leaves a residual of {worst:.1e} at the returned state, more than was measured on the way: {causes}"
+    return f"the residual of {name} at the returned state is {worst:.1e}, more than the search had measured; {causes}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from deepeq.diagnosis import explain_inconsistency, explain_nonfinite, explain_steps
 from deepeq.norms import ratio, safe_two_norm
 from deepeq.packing import Map
+from deepeq.scaling import power_of_two
 from deepeq.solution import Result, Solution
 from deepeq.solvers.base import Solver
 
@@ -36,9 +37,9 @@ class Problem:
     scale: Tensor | None = None
     """Scale and sign of `g` for the solvers, `(B, 1)`."""
     rounding: Tensor | None = None
-    """What rounding errors leave of `g`, for each number that `norm` gives; smaller tolerances are not asked for."""
+    """Rounding level of `g` at `z0`, for each number of `norm`. Where `g(z0)` is below it, it is the tolerance."""
     first: Tensor | None = None
-    """Value of `function` at the first point where it is known; the first step is then free, and counts."""
+    """Value of `function` at the first point, if known. The first step then costs no evaluation, but it counts."""
     resolution: float = 0.0
     """Relative rounding of what `function` returns, where it is coarser than the packed dtype."""
     verify: bool = True
@@ -70,6 +71,7 @@ class Measured(NamedTuple):
     error: Tensor  # the residual over the tolerance: at most one where a problem has converged
     relative: Tensor
     absolute: Tensor
+    distance: Tensor  # the absolute residual in units of the first point: comparable from step to step
     total: Tensor  # finite where all is
 
 
@@ -78,26 +80,36 @@ class Measures:
 
     def __init__(self, problem: Problem, solver: Solver) -> None:
         self._problem, self._rtol, self._atol = problem, solver.rtol, solver.atol
-        self._first: Tensor | None = None  # ||g(z0)||, what the residuals of a root are relative to
+        self._first: Tensor | None = None  # ||f(z0)||, or ||g(z0)|| for a root, to which its residuals are relative
 
     def __call__(self, fz: Tensor, measured: Tensor) -> Measured:
         if measured.requires_grad:
             fz, measured = fz.detach(), measured.detach()
         distance = self._problem.norm(measured)
+        scale = distance if self._problem.root else self._problem.norm(fz)
+        if self._first is None:
+            self._first = scale
         if self._problem.root:
-            if self._first is None:
-                self._first = distance
-                if self._problem.rounding is not None and self._rtol:
-                    # A part of g that is zero at z0, to rounding, has no size of its own.
-                    self._first = torch.maximum(distance, self._problem.rounding / self._rtol)
             scale = self._first
-        else:
-            scale = self._problem.norm(fz)
-        relative = distance / (scale + torch.finfo(scale.dtype).tiny)  # 0 / 0 is 0
+            rounding = self._problem.rounding
+            if rounding is not None and self._rtol:
+                # At a root, and where a part of g holds at z0 already, the first value is a rounding error.
+                scale = torch.where(scale <= rounding, rounding / self._rtol, scale)
+        elif self._problem.linear and distance.ndim > 1:
+            # Rounding errors of a large part reach the others.
+            noise = 16.0 * torch.finfo(measured.dtype).eps / max(self._rtol, 1e-30)
+            scale = torch.maximum(scale, noise * scale.amax(dim=1, keepdim=True))
+        if measured.dtype == torch.float64:
+            relative = ratio(distance, scale)
+        else:  # cheaper, and float64 has room below: 0 / 0 is 0
+            relative = distance / (scale + torch.finfo(scale.dtype).tiny)
         tolerance = self._rtol * scale + self._atol if self._atol else None
         error = relative / self._rtol if tolerance is None else ratio(distance, tolerance)
-        rows = Measured(error, relative, distance, distance + scale)
-        return rows if distance.ndim == 1 else Measured(*(row.amax(dim=1) for row in rows))
+        if distance.ndim == 1:
+            return Measured(error, relative, distance, distance, torch.maximum(distance, scale))
+        compared = distance / torch.where(self._first > 0, self._first, scale)
+        rows = Measured(error, relative, distance, compared.nan_to_num(0.0), torch.maximum(distance, scale))
+        return Measured(*(row.amax(dim=1) for row in rows))
 
 
 def iterate(
@@ -131,7 +143,7 @@ def iterate(
         keep: Steps, counted from 1, whose points are returned in `kept`; where the search ended earlier, the value.
         on_step: Observer of each step.
         measures: What measures; a caller that measures the returned state again hands it over.
-        confirm: Make the evaluation that `problem.verify` asks for; a caller that makes it anyway says no.
+        confirm: Make the evaluation that `problem.verify` asks for. Pass False to evaluate the returned state yourself.
         advance: Return the point that would be evaluated next in the place of the best one.
 
     Returns:
@@ -143,7 +155,9 @@ def iterate(
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     with _modes_of_algebra(z0.device.type):
         z = _counting(z0)
-        search, rule, unit, state = _Search(z, solver), solver, None, None
+        # A search that is to go on from its last point stops nowhere earlier.
+        search = _Search(z, solver, min_steps=solver.max_steps + 1 if advance else solver.min_steps)
+        rule, unit, state = solver, None, None
         for step in range(1, solver.max_steps + 1):
             known = problem.first if step == 1 else None
             fz, g, measured = evaluate(z) if known is None else problem.complete(known, z)
@@ -156,7 +170,10 @@ def iterate(
                 break
             if step == 1:
                 unit = unit_of(g)
-                rule = solver.bind(evaluate.residual_in(unit))
+                if unit is not None and solver.atol:  # one unit for all, in which the rule knows the tolerance
+                    unit = unit.amax().reshape(1, 1)
+                    rule = replace(solver, atol=solver.atol / float(unit))
+                rule = rule.bind(evaluate.residual_in(unit))
                 state = rule.init(z if unit is None else z / unit)
             if unit is None:
                 z_next, state = rule.step(z, fz, g, state)
@@ -180,8 +197,8 @@ def iterate(
 class _Search:
     """The best points so far, and which problems are still running."""
 
-    def __init__(self, z0: Tensor, solver: Solver) -> None:
-        self.value = z0
+    def __init__(self, z0: Tensor, solver: Solver, min_steps: int) -> None:
+        self.value, self._min_steps = z0, min_steps
         self.log: list[Measured] = []
         self._solver, self._may_look = solver, z0.device.type == "cpu"
         self._running = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
@@ -193,10 +210,10 @@ class _Search:
     def record(self, z: Tensor, measured: Measured) -> None:
         """Note the residuals of a point, keep it where it is the best one, and see which problems are done."""
         self.log.append(measured)
-        error, _, absolute, total = measured
+        error, _, _, distance, total = measured
         reached, active = error <= 1.0, self._running & (total < torch.inf)
-        # A point that is farther from a solution than z0 can have a smaller relative residual: it is far away.
-        better = (error <= self._best_error) & ((absolute <= self.log[0].absolute) | reached) & active
+        # Far away a relative residual can be small, so the absolute one must not have grown either.
+        better = (error <= self._best_error) & ((distance <= self.log[0].distance) | reached) & active
         self._best_error = torch.where(better, error, self._best_error)
         self.value = self._choose(better, z, self.value)
         self._ran.append(self._running)
@@ -205,8 +222,8 @@ class _Search:
         if patience and len(self.log) > 1:
             self._num_nonfinite = torch.where(self._running & ~active, self._num_nonfinite + 1, 0)
             active = self._running & (self._num_nonfinite <= patience)
-        if len(self.log) >= self._solver.min_steps:
-            reached = self._best_error <= 1.0 if self._solver.min_steps else reached
+        if len(self.log) >= self._min_steps:
+            reached = self._best_error <= 1.0 if self._min_steps else reached
             active = active & ~reached
         self._running = active
 
@@ -243,11 +260,11 @@ class _Search:
         number = torch.arange(1, len(self.log) + 1, device=self.value.device).unsqueeze(1)  # of each step
         num_steps = torch.stack(self._ran).sum(dim=0)
         best_step = (torch.stack(self._improved) * number).amax(dim=0)  # 0: the first point was not finite
-        relative, absolute, total = (torch.stack(rows) for rows in list(zip(*self.log, strict=True))[1:])
+        _, relative, absolute, _, total = (torch.stack(rows) for rows in zip(*self.log, strict=True))
         best = (best_step - 1).clamp_min(0).unsqueeze(0)
         relative = relative.masked_fill(~(total < torch.inf), torch.nan)
         converged = self._best_error <= 1.0
-        if len(self.log) < self._solver.min_steps:
+        if len(self.log) < self._min_steps:
             converged = torch.zeros_like(converged)
         solution = Solution(
             self.value,
@@ -265,7 +282,11 @@ class _Search:
             solution = solution._replace(result=Result.NONFINITE, message=message)
         elif not bool(converged.all()):
             message = explain_steps(
-                solution, self._solver, self.log[0].absolute, linear=problem.linear, resolution=problem.resolution
+                solution,
+                self._solver,
+                self.log[0].absolute,
+                kind="linear" if problem.linear else "root" if problem.root else "fixed point",
+                resolution=problem.resolution,
             )
             solution = solution._replace(result=Result.MAX_STEPS, message=message)
         last = int(best_step.max()) if size else 0
@@ -304,10 +325,9 @@ def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution
     and the earlier ones are wrong when the later ones have moved. Where that evaluation contradicts what was claimed,
     nobody is called converged, and the true residuals are reported.
     """
-    dtype, device_type = solution.value.dtype, solution.value.device.type
-    noise = 30 * torch.finfo(dtype).eps  # one map may take different kernels with gradients and without
-    if torch.is_autocast_enabled(device_type):
-        noise = max(noise, 4 * torch.finfo(torch.get_autocast_dtype(device_type)).eps)
+    dtype = solution.value.dtype
+    # One map may take different kernels with gradients and without; of a root, the first residual is no measure of it.
+    noise = 0.0 if problem.root else max(30 * torch.finfo(dtype).eps, problem.resolution)
     claimed, reported = solution.converged, solution.residual
     nonfinite = claimed & ~(joint.total < torch.inf)
     # The distance is more than 1.01 times the tolerance, and the noise besides.
@@ -319,19 +339,21 @@ def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution
         return solution
     differs = lost | (~claimed & (change > 0.1 * reported + noise))
     solution = solution._replace(
-        residual=torch.where(stale, joint.relative.to(dtype), reported),
+        residual=torch.where(stale | nonfinite, joint.relative.to(dtype), reported),
         absolute_residual=torch.where(stale, joint.absolute.to(dtype), solution.absolute_residual),
         converged=torch.zeros_like(claimed) if bool(lost.any()) else claimed & ~nonfinite,
     )
-    messages = [solution.message] if solution.message else []
+    message = solution.message
     if bool(nonfinite.any()):
-        messages.append(explain_nonfinite(solution, nonfinite, problem.name))
-    if bool(differs.any()):
-        messages.append(explain_inconsistency(solution, problem.name))
+        message = explain_nonfinite(solution, nonfinite, problem.name, at_end=True)
+    elif bool(differs.any()):
+        message = explain_inconsistency(solution, problem.name)
     result = solution.result
-    if result is Result.CONVERGED and not bool(solution.converged.all()):
+    if bool(nonfinite.any()):
+        result = Result.NONFINITE
+    elif result is Result.CONVERGED and not bool(solution.converged.all()):
         result = Result.MAX_STEPS
-    return solution._replace(result=result, message="; ".join(messages))
+    return solution._replace(result=result, message=message)
 
 
 def unit_of(g: Tensor) -> Tensor | None:
@@ -341,10 +363,8 @@ def unit_of(g: Tensor) -> Tensor | None:
     """
     if not g.numel():
         return None
-    largest = g.detach().abs().amax(dim=1, keepdim=True)
-    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    exponent = torch.frexp(largest)[1]
-    return torch.exp2(exponent.to(g.dtype)) if bool((exponent.abs() > 20).any()) else None
+    unit = power_of_two(g.detach().abs().amax(dim=1, keepdim=True))
+    return unit if bool(((unit > 2.0**20) | (unit < 2.0**-20)).any()) else None
 
 
 @contextmanager

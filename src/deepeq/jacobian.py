@@ -1,6 +1,8 @@
 """Products with the Jacobian of a map of packed states."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,9 +16,8 @@ class JacobianProduct:
     """Products `J v` with the Jacobian of one map `(B, N) -> (B, N)` at any number of points.
 
     A product is one evaluation of the map: in forward mode where the map allows it, else a difference of two values,
-    one of them known. Which of them is decided at the first product, by one or two evaluations more: where a map leaves
-    torch or detaches a part, its tangent lacks something and no error tells, and where it works in 16 bits, a
-    difference is noise.
+    one of them known. The first product decides which, at the cost of one to three extra evaluations. A map that leaves
+    torch or detaches a part gives an incomplete tangent without an error; in 16 bits a difference is noise.
     """
 
     def __init__(self, g: Map) -> None:
@@ -42,11 +43,22 @@ class JacobianProduct:
 
     def _tangent(self, z: Tensor, v: Tensor) -> Tensor | None:
         try:
-            with warnings.catch_warnings(), forward_ad.dual_level():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its first use in a process
+            with self._quiet_at_first(), forward_ad.dual_level():
                 return forward_ad.unpack_dual(self._g(forward_ad.make_dual(z, v))).tangent
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError):  # no formula, or a transform inside that does not nest
             return None
+
+    @contextmanager
+    def _quiet_at_first(self) -> Iterator[None]:
+        """Hide torch's own deprecation warnings of its first use in a process."""
+        if self._forward_mode is not None:
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
 
     def _difference(self, z: Tensor, gz: Tensor, v: Tensor, factor: float = 1.0) -> Tensor:
         # The step balances truncation against rounding where z and the second derivative are of order one.

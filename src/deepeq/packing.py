@@ -1,6 +1,6 @@
 """A state of any structure as one `(B, N)` tensor: solvers see nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from deepeq.norms import safe_two_norm
 
 Map = Callable[[Tensor], Tensor]
 """A map of packed states, `(B, N) -> (B, N)`."""
-Norm = Literal["parts", "whole", "positions"] | Callable[[Any], Tensor]
+NormName = Literal["parts", "whole", "positions"]
+Norm = NormName | Callable[[Any], Tensor]
 """What is compared with the tolerances. Each kind gives one or several numbers per problem; the worst one counts.
 
 - `"parts"`: the two-norm of each tensor of a state, so that a tensor of large numbers cannot hide a wrong small one.
@@ -94,7 +95,7 @@ class Packing:
         return [(1, *shape) if batch_dims == 0 or not shape else tuple(shape) for shape in self.shapes]
 
     def _place_rows(self, segments: Tensor, batch_dims: int, device: torch.device) -> None:
-        if not isinstance(segments, Tensor) or segments.is_floating_point() or segments.is_complex():
+        if not isinstance(segments, Tensor) or segments.dtype not in _INTEGERS:
             kind = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
             raise TypeError(f"segments must be an integer tensor with the problem of each row, not {kind}")
         if batch_dims != 1:
@@ -187,7 +188,7 @@ class Packing:
         return self._rows is not None or len(self.sizes) > 1 or self.dtypes[0] != self.dtype
 
     def mask(self) -> Tensor | None:
-        """Return which entries of a packed state are no padding, `(B, N)`; None where all are."""
+        """Return a boolean mask `(B, N)` of the entries that are not padding; None if there is no padding."""
         if self._rows is None:
             return None
         rows = torch.zeros(self.batch_size * self._rows_per_problem, 1, dtype=torch.bool, device=self._rows.device)
@@ -209,13 +210,20 @@ class Packing:
         """
         if callable(kind):
             return lambda flat: self._users_norm(kind, flat)
-        if kind == "whole" or (kind == "parts" and len(self.sizes) == 1):
+        if kind == "whole":
             return safe_two_norm
         if kind == "parts":
-            return lambda flat: torch.stack([safe_two_norm(part) for part in flat.split(self.sizes, dim=1)], dim=1)
+            return self.norm_of_parts(self.sizes)
         if kind == "positions":
             return self._position_norms
         raise ValueError(f"norm={kind!r} must be 'parts', 'whole', 'positions' or a function of a state")
+
+    @staticmethod
+    def norm_of_parts(sizes: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """Return the norms of parts of these sizes, `(B, N) -> (B, P)`, or `(B, N) -> (B,)` for a single part."""
+        if len(sizes) < 2:
+            return safe_two_norm
+        return lambda flat: torch.stack([safe_two_norm(part) for part in flat.split(list(sizes), dim=1)], dim=1)
 
     def _users_norm(self, function: Callable[[Any], Tensor], flat: Tensor) -> Tensor:
         values = function(self.unpack(flat))
@@ -228,7 +236,8 @@ class Packing:
                 f"norm returned shape {shape}; its first dimensions must be {tuple(self.batch_shape)}, with one entry "
                 "or several for each problem"
             )
-        return values.reshape(num_problems, max(1, values.numel() // max(1, num_problems)))
+        values = values.reshape(num_problems, max(1, values.numel() // max(1, num_problems)))
+        return torch.where(torch.isfinite(flat).all(dim=1, keepdim=True), values, torch.nan)
 
     def _position_norms(self, flat: Tensor) -> Tensor:
         norms = []
@@ -243,6 +252,9 @@ class Packing:
         return f"a tensor of shape {shapes[0]}" if len(shapes) == 1 else f"the structure of z0 with shapes {shapes}"
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _check_leaf(leaf: Any) -> None:
     if isinstance(leaf, Tensor) and leaf.dtype in (torch.complex64, torch.complex128):
         return
@@ -253,7 +265,7 @@ def _check_leaf(leaf: Any) -> None:
 
 def _in_order_of(skeleton: Any, state: Any) -> Any:
     """Return the state with its containers as in the skeleton: dicts in any order and lists for tuples are welcome."""
-    if isinstance(skeleton, dict) and isinstance(state, dict) and skeleton.keys() == state.keys():
+    if type(skeleton) is dict and type(state) is dict and skeleton.keys() == state.keys():
         return {key: _in_order_of(part, state[key]) for key, part in skeleton.items()}
     if type(skeleton) in (tuple, list) and type(state) in (tuple, list) and len(skeleton) == len(state):
         return type(skeleton)(_in_order_of(a, b) for a, b in zip(skeleton, state, strict=True))

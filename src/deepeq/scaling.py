@@ -1,4 +1,4 @@
-"""The scale and the sign that make equations a fixed-point map."""
+"""Units: powers of two for states, and the scale and sign that make equations a fixed-point map."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,12 @@ from deepeq.packing import Map
 
 _PROBES = 6
 """Most evaluations of the map; nearly always the first is enough."""
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """Return powers of two, at most twice as large as sizes; two where a size is zero or not finite."""
+    size = torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
+    return torch.exp2(torch.frexp(size)[1].to(size.dtype))
 
 
 def automatic_scale(g: Map, z0: Tensor, g0: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ def fixed_point(
 ) -> Solution:
     """Return the equilibrium `z* = f(z*)`, found from `z0`, problem by problem.
 
-    Costs at most `solver.max_steps` evaluations of `f`, and one more with a graph if gradients are enabled. States of
+    Costs at most `solver.max_steps` evaluations of `f` (`NewtonKrylov` needs more per step), and one more with a graph
+    if gradients are enabled. States of
     16 bits are iterated in float32, and rounded for `f` and in the result; residuals are those before the rounding.
 
     Args:
@@ -72,12 +73,13 @@ def fixed_point(
         segments: Problem of each row, `(R,)` integers, for ragged problems with states `(R, ...)`, such as a batch of
             graphs or molecules.
         norm: What is compared with the tolerances, see `deepeq.packing.Norm`; by default each tensor of the state.
-        keep: Steps, counted from 1, whose states are returned in `Solution.kept`, for losses along the way: `f` of the
-            point that the step evaluated, differentiable through this one evaluation of `f`. Steps after the end of
-            the search give the equilibrium.
+        keep: Steps, counted from 1, whose states are returned in `Solution.kept`, in this order, for losses along the
+            way. The state of a step is `f` of the point that it evaluated, `f(z0)` for step 1, differentiable through
+            this one evaluation. Steps after the end of the search give the returned value.
         on_failure: What happens when a problem misses its tolerance.
-        nonfinite: `"raise"` an error after all other problems have been solved; or `"keep"` the Solution, whose failed
-            problems hold their best finite point, and treat it like a missed tolerance.
+        nonfinite: `"raise"` raises an error after the other problems are solved. `"keep"` returns the Solution, whose
+            failed problems hold their best finite point, and treats the failure like a missed tolerance. Gradients of
+            tensors that a failed problem shares with others are then not finite: take it out of the batch.
         verify: Check that the problems do not depend on each other: that their residuals hold together at the returned
             state. With gradients this costs no evaluation of `f`, without them at most one.
         callback: Observer called as `callback(step, state, residual)` after each evaluation of the search.
@@ -137,15 +139,15 @@ def root_find(
     """Return the root `g(z*) = 0` near `z0`.
 
     A problem has converged when `||g(z)|| <= atol + rtol ||g(z0)||`; neither the units of `g` nor the place of the
-    root matter. A part of `g` has converged, too, where rounding errors of `z` leave no more of it. One evaluation
-    of `g` near `z0` finds a scale and a sign `a`, so that `z + a g(z)` is a sensible map. `Solution.residual` is
+    root matter. What rounding errors of `z` leave of `g` also counts as converged. A few evaluations of `g` near
+    `z0`, nearly always one, find a scale and a sign `a`, so that `z + a g(z)` is a sensible map. `Solution.residual` is
     `||g(z)|| / ||g(z0)||`, `absolute_residual` is `||g(z)||`.
 
     The default solver is `NewtonKrylov`, to two thirds of the digits of the dtype. Other arguments and errors are those
     of `fixed_point`.
     """
     packing = Packing(z0, batch_dims, segments)
-    solver, adjoint = check_rules(solver or default_root_solver(packing.dtype), adjoint)
+    solver, adjoint = check_rules(solver or default_root_solver(packing), adjoint)
     options = _Options(keep, "raise" if throw else on_failure, nonfinite, callback)
     function, start = _Watched(g, packing, "g"), packing.pack(z0, "z0")
     _refuse_transforms(adjoint)
@@ -153,9 +155,7 @@ def root_find(
         first = function(start.detach())
         scale = automatic_scale(function, start.detach(), first)
         measure = packing.norm(norm)
-        rounding = None
-        if first.numel() and measure(first).ndim > 1:
-            rounding = _rounding_of_parts(function, start.detach(), first, scale, measure)
+        rounding = _rounding(function, start.detach(), first, scale, measure)
     with_graph = isinstance(adjoint, BackpropAdjoint) and torch.is_grad_enabled()
     problem = Problem(
         function=function,
@@ -172,24 +172,25 @@ def root_find(
     return _solve(problem, packing, start, solver, adjoint, options, function)
 
 
-def _rounding_of_parts(
-    g: Map, z0: Tensor, g0: Tensor, scale: Tensor, norm: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """Return what rounding errors of `z` leave of each part of `g`, `(B, P)`, seen in a first step.
+def _rounding(g: Map, z0: Tensor, g0: Tensor, scale: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Return the rounding level of `g` at `z0` for each number of the norm; None where `z0` is far from a root.
 
-    A part that holds at `z0` already, such as a constraint, can have a `g(z0)` of rounding errors alone.
+    It is what a relative change of the components of `z0` by a few units in the last place does to `g`, measured with
+    a larger change.
     """
-    step = scale * g0
-    length, size = safe_two_norm(step), torch.maximum(safe_two_norm(step), safe_two_norm(z0))
-    change = norm(g(z0 + step) - g0)
-    ratio = (size / torch.where(length > 0, length, 1.0)).unsqueeze(1)
-    rounding = 10 * torch.finfo(z0.dtype).eps * change * ratio
+    first, eps = norm(g0), torch.finfo(z0.dtype).eps
+    if first.ndim == 1 and not bool((safe_two_norm(scale * g0) < 1e-3 * safe_two_norm(z0)).any()):
+        return None
+    signs = 1.0 - 2.0 * (torch.arange(z0.shape[1], device=z0.device) * 0.6180339887 % 1.0 > 0.5).to(z0.dtype)
+    change = norm(g(z0 + eps**0.5 * signs * z0) - g0)
+    rounding = 10.0 * eps**0.5 * change
     return torch.where(torch.isfinite(rounding), rounding, 0.0)
 
 
-def default_root_solver(dtype: torch.dtype) -> Solver:
-    """Return the solver that `root_find` takes where none is given, to two thirds of the digits of `dtype`."""
-    return NewtonKrylov(rtol=torch.finfo(dtype).eps ** (2 / 3), max_steps=200)
+def default_root_solver(packing: Packing) -> Solver:
+    """Return the solver that `root_find` takes where none is given, to two thirds of the digits of the state."""
+    rtol = max(torch.finfo(packing.dtype).eps ** (2 / 3), 2 * packing.resolution)
+    return NewtonKrylov(rtol=rtol, max_steps=200)
 
 
 def check_rules(solver: Solver | None, adjoint: Adjoint | None) -> tuple[Solver, Adjoint]:
@@ -257,7 +258,8 @@ def _solve(
         kept=tuple(packing.unpack(state) for state in solution.kept),
     )
     if solution.result is Result.NONFINITE and options.nonfinite == "raise":
-        raise ConvergenceError(solution.message, solution)
+        others = "" if packing.batch_size == 1 else "; error.solution and nonfinite='keep' give the other problems"
+        raise ConvergenceError(f"{solution.message}{others}", solution)
     if solution.message:
         report(solution.message, solution, options.on_failure)
     return solution

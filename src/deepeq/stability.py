@@ -126,7 +126,8 @@ def smallest_singular_value(
 
     Golub-Kahan bidiagonalization with full orthogonalization, without the matrix: `num_steps` products with `J` and as
     many with `J^T`, which needs `2 num_steps` vectors of the size of a state. The estimate is never too small, up to
-    rounding; it is exact from `num_steps = N` on, and close long before where few singular values are small.
+    the precision of the products; it is exact from `num_steps = N` on, and close long before where few singular values
+    are small.
 
     Args:
         f: The map, as in `fixed_point`.
@@ -175,28 +176,37 @@ def error_bound(
     z: Any,
     *,
     smallest: Tensor | None = None,
+    num_steps: int = 50,
+    generator: torch.Generator | None = None,
     batch_dims: int = 1,
     segments: Tensor | None = None,
 ) -> Tensor:
     """Return how far `z` may be from the equilibrium, `||f(z) - z|| / sigma` for each problem, `(B,)`.
 
-    `sigma` is the smallest singular value of `I - J` at `z`, so this is a bound to first order: `f` must be close to
-    linear between `z` and the equilibrium. It holds in the two-norm of all parts of a state together.
+    `sigma` is the smallest singular value of `I - J` at `z`. With its exact value this bounds the error to first order:
+    `f` must be close to linear between `z` and the equilibrium. The estimate of `smallest_singular_value` is exact for
+    `num_steps >= N`; with fewer steps it can be too large, and this number too small. For a root of `g`, pass
+    `lambda z: z + g(z)`; for a `DEQ`, the map of `layer.prepare(x)`. Norms are those of all parts of a state together.
 
     Args:
         f: The map, as in `fixed_point`.
         z: A state near an equilibrium.
         smallest: The smallest singular values, where they are known; else they are estimated.
+        num_steps: Dimension of the search space of the estimate.
+        generator: Source of its first vector.
         batch_dims: Number of leading dimensions that index independent problems, as in `fixed_point`.
         segments: Problem of each row, as in `fixed_point`.
     """
     if smallest is None:
-        smallest = smallest_singular_value(f, z, batch_dims=batch_dims, segments=segments)
+        smallest = smallest_singular_value(
+            f, z, num_steps=num_steps, generator=generator, batch_dims=batch_dims, segments=segments
+        )
     packing = Packing(z, batch_dims, segments)
     with torch.no_grad():
         point = packing.pack(z, "z")
         distance = safe_two_norm(packing.pack(f(packing.unpack(point))) - point)
-    return packing.per_problem(distance).to(point.dtype) / smallest
+    bound = packing.per_problem(distance).to(point.dtype) / smallest
+    return torch.where(smallest > 0, bound, torch.inf)
 
 
 def _check_steps(num_steps: int, least: int) -> None:

@@ -80,6 +80,8 @@ class Subsequences(DEQ):
             )
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"length={length!r} of Subsequences must be a whole number >= 1")
+        if layer.batch_dims != 1:
+            raise ValueError(f"batch_dims={layer.batch_dims} of layer must be 1, as pieces are cut along dimension 1")
         super().__init__(layer.cell, **layer.options)
         self.length = length
 

@@ -70,8 +70,8 @@ def test_the_count_from_shapes_is_that_with_data(config, network):
     make = network(config)
     with sdpa_kernel(SDPBackend.MATH):  # not one that the processor chooses
         counted, with_data = count(make, SIZE), count(make, SIZE, data=True)
-    # One vector of a solver's history more or less would be a state.
-    assert counted.peak == pytest.approx(with_data.peak, abs=STATE_BYTES[config] / 2)
+    # One vector of a solver's history more or less would be a state; units of the parts of a gradient depend on data.
+    assert counted.peak == pytest.approx(with_data.peak, abs=0.75 * STATE_BYTES[config])
     assert counted._replace(peak=0) == with_data._replace(peak=0)
     assert counted.parameters == counted.gradients == 4 * sum(p.numel() for p in config.build().parameters())
     assert counted.peak > counted.start > counted.parameters

@@ -15,7 +15,7 @@ NUM_ATOMS = 4
 TEMPERATURE, HUBBARD = 0.15, 1.2
 EXACT = Broyden(rtol=1e-13, max_steps=200, history_size=200)
 SCF = Broyden(rtol=1e-10, atol=1e-12, max_steps=200, history_size=200)
-TWICE = ImplicitAdjoint(solver=GMRES(rtol=1e-13), twice_differentiable=True)
+TWICE = ImplicitAdjoint(solver=GMRES(rtol=1e-12), twice_differentiable=True)
 TWO_DERIVATIVES = pytest.mark.parametrize(
     "solver", [EXACT, Anderson(rtol=1e-13, max_steps=300)], ids=["broyden", "anderson"]
 )

@@ -26,7 +26,7 @@ class Solver(ABC):
     atol: float = 0.0
     """Absolute tolerance, in the units of `g`; 0 turns it off."""
     max_steps: int = 30
-    """Most steps, each one evaluation of `f`; 0 returns the first point."""
+    """Largest number of steps, each one evaluation of `f` unless the rule says otherwise; 0 returns the first point."""
     min_steps: int = 0
     """Steps that every problem takes at least, even if it reaches its tolerance earlier."""
 
@@ -53,7 +53,7 @@ class Solver(ABC):
             raise ValueError(f"{name}={value!r} of {type(self).__name__} must be a whole number >= {least}")
 
     def _check_damping(self, damping: float) -> None:
-        if not 0.0 <= damping < 1.0:
+        if not isinstance(damping, int | float) or not 0.0 <= damping < 1.0:
             raise ValueError(f"damping={damping!r} of {type(self).__name__} must lie in [0, 1); 0 means none")
 
     @property
@@ -70,6 +70,11 @@ class Solver(ABC):
     def differentiable(self) -> bool:
         """Whether gradients may be taken through the steps of the rule, as `BackpropAdjoint` does."""
         return True
+
+    @property
+    def needs_symmetry(self) -> bool:
+        """Whether the rule relies on a symmetric Jacobian, so that parts of a state may not be scaled apart."""
+        return False
 
     def bind(self, g: Map) -> Self:
         """Return the rule for one search on `g`; a rule that needs more than evaluations overrides this."""

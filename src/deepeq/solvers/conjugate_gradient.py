@@ -46,6 +46,10 @@ class ConjugateGradient(Solver):
     def num_stored(self) -> int:
         return 3
 
+    @property
+    def needs_symmetry(self) -> bool:
+        return True
+
     def advice(self, num_steps: int) -> str:
         return "ConjugateGradient needs a map with symmetric positive definite I - J; for any other, use GMRES"
 

@@ -11,8 +11,8 @@ from deepeq.solvers.base import Solver
 class FixedPointIteration(Solver):
     """`z <- damping z + (1 - damping) f(z)`: the infinitely deep stack (Bai et al. 2019, eq. 5).
 
-    Converges where the spectral radius of the (damped) Jacobian is below one, which trained cells seldom grant. It
-    keeps no history.
+    Converges where the spectral radius of the (damped) Jacobian is below one, which is rarely true of trained
+    cells. It keeps no history.
     """
 
     damping: float = 0.0
