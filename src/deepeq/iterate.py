@@ -89,22 +89,25 @@ class Measures:
         scale = distance if self._problem.root else self._problem.norm(fz)
         if self._first is None:
             self._first = scale
+        floor = None  # tolerances are not asked to be smaller
         if self._problem.root:
-            scale = self._first
-            rounding = self._problem.rounding
-            if rounding is not None and self._rtol:
+            scale, rounding = self._first, self._problem.rounding
+            if rounding is not None:
                 # At a root, and where a part of g holds at z0 already, the first value is a rounding error.
-                scale = torch.where(scale <= rounding, rounding / self._rtol, scale)
+                floor = torch.where(scale <= rounding, rounding, 0.0)
         elif self._problem.linear and distance.ndim > 1:
             # Rounding errors of a large part reach the others.
-            noise = 16.0 * torch.finfo(measured.dtype).eps / max(self._rtol, 1e-30)
-            scale = torch.maximum(scale, noise * scale.amax(dim=1, keepdim=True))
+            noise = min(16.0 * torch.finfo(measured.dtype).eps, self._rtol)
+            floor = noise * scale.amax(dim=1, keepdim=True)
         if measured.dtype == torch.float64:
             relative = ratio(distance, scale)
         else:  # cheaper, and float64 has room below: 0 / 0 is 0
             relative = distance / (scale + torch.finfo(scale.dtype).tiny)
-        tolerance = self._rtol * scale + self._atol if self._atol else None
-        error = relative / self._rtol if tolerance is None else ratio(distance, tolerance)
+        if self._atol or floor is not None:
+            tolerance = self._rtol * scale + self._atol
+            error = ratio(distance, tolerance if floor is None else torch.maximum(tolerance, floor))
+        else:
+            error = relative / self._rtol
         if distance.ndim == 1:
             return Measured(error, relative, distance, distance, torch.maximum(distance, scale))
         compared = distance / torch.where(self._first > 0, self._first, scale)
