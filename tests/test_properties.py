@@ -217,9 +217,12 @@ def residuals(run: Run) -> list[str]:
     if len(solution.trace) and checked:
         wrong += _reported(run, distance, scale, noise, scale_noise)
     if len(solution.trace) and not case.coupled:
-        worse = ~converged & ~(
-            distance.amax(dim=1) <= 1.02 * first_distance.amax(dim=1) + (noise + first_noise).amax(1)
-        )
+        # Several numbers per problem are compared in units of the first f(z0), or g(z0).
+        _, first_size, _ = case.measured(parameters, first)
+        unit = torch.where(first_size > 0, first_size, size).clamp_min(1e-300)
+        grown = distance > 1.02 * first_distance + noise + first_noise
+        larger = (distance / unit).amax(dim=1) > 1.02 * (first_distance / unit).amax(dim=1)
+        worse = ~converged & grown.any(dim=1) & larger
         worse &= torch.isfinite(first_distance).all(dim=1)
         for p in torch.nonzero(worse).reshape(-1).tolist():
             wrong.append(
@@ -376,6 +379,8 @@ def other_problems(run: Run) -> list[str]:
     # NewtonKrylov builds its space for all problems together, which changes the last digits, and with them all that
     # follows where the Jacobian is singular.
     last_digits = isinstance(case.solver, NewtonKrylov)
+    if last_digits and case.map.family in ("relu", "abs", "sign"):
+        return []  # at a kink of one problem it changes how it differentiates all of them
     names = ("converged",) if last_digits else ("converged", "num_steps", "residual", "absolute_residual")
     for name in names:
         a, b = (getattr(solution, name).reshape(-1)[same] for solution in (run.solution, again.solution))

@@ -46,7 +46,8 @@ class NewtonKrylov(Solver):
     A step costs one evaluation, and after a step that was accepted up to `inner_steps` products, each as much as an
     evaluation. A product is a directional derivative in forward mode where the map allows it, else a difference. The
     search does not depend on the units or the sign of `g`. It is made for hard systems: on a map that `Broyden`
-    solves, it needs about twice as many evaluations.
+    solves, it needs about twice as many evaluations. How products are taken is decided for the whole batch, and small
+    systems are solved together, so the answers of a problem agree with those alone to rounding, or to the tolerance.
 
     References:
         Brown and Saad (1990), SIAM J. Sci. Stat. Comput. 11, sec. 3 (a bounded model in the Krylov space). Eisenstat
