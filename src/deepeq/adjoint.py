@@ -32,7 +32,7 @@ _LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch._
 class Adjoint(ABC):
     """A way to find an equilibrium and to make it differentiable.
 
-    They differ in the gradient of the same value, the solver's, unless a class says otherwise. Gradients follow
+    Adjoints return the same value, the solver's, and differ in its gradient, unless a class says otherwise. They follow
     `torch.is_grad_enabled()`, and reach every tensor that `f` touches.
     """
 
@@ -117,16 +117,13 @@ class ImplicitAdjoint(Adjoint):
         if solution.result is Result.NONFINITE:
             raise ConvergenceError(message, solution)
         if solution.message:
-            effect = "are less exact than asked for"
-            if not bool(torch.isfinite(solution.residual).all()):
-                effect = "of tensors that such problems share with others are not finite"
-            report(f"{message}. Gradients {effect}", solution, self.on_failure)
+            report(f"{message}. Gradients are less exact than asked for", solution, self.on_failure)
         return solution.value
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeumannAdjoint(Adjoint):
-    """Gradients from a Neumann series cut after `terms` terms, `u = v + J^T v + ...`, one product less than terms.
+    """Gradients from the first `terms` terms of the Neumann series `u = v + J^T v + ...`, for `terms - 1` products.
 
     Biased, and divergent in `terms` where the spectral radius of `J` exceeds one. One term is Jacobian-free
     backpropagation.
@@ -226,7 +223,8 @@ class PhantomAdjoint(Adjoint):
 class BackpropAdjoint(Adjoint):
     """Gradients by backpropagation through every step of the solver: memory grows with the steps.
 
-    The oracle of tests, and an option where few steps are taken. `z0` gets a gradient too.
+    An option where few steps are taken. `z0` gets a gradient too, and where a problem starts at its equilibrium, its
+    value is `z0` and nothing else gets one.
     """
 
     def solve(

@@ -85,7 +85,7 @@ class GMRESState(NamedTuple):
     `(c_j m_0, ..., c_j m_j, s_j, 0, ...)`, where `c_j` is the cosine of rotation `j` over `||(m_0, ..., m_j)||`, and
     `s_j` its sine. A cumulative sum therefore applies all rotations at once.
 
-    A problem that opens its space anew does so while its batch mates go on: its entries for older vectors become zero.
+    Each problem restarts on its own while its batch mates go on: its entries for older vectors become zero.
     """
 
     start: Tensor  # (B, N), u_0, where the space was opened

@@ -37,7 +37,7 @@ class NewtonKrylov(Solver):
     """Inexact Newton steps from GMRES, bounded by a region of trust.
 
     Each step minimizes `||g + J s||` over the Krylov space of `J` and `g` within `||s|| <= radius`: where the bound
-    matters, this is Levenberg's regularization. The step is judged by the reduction of `||g||^2`, as a share of the
+    is active, this is a step of Levenberg and Marquardt. The step is judged by the reduction of `||g||^2`, as a share of the
     promised one. If it brings none, or ends at a non-finite value, it is tried again with a smaller radius and no new
     product. A problem that does not halve `||g||` within `stall_steps` evaluations takes a few Newton steps in full
     length, whatever they bring, and is granted twice as many evaluations next: this leads out of narrow valleys and of
