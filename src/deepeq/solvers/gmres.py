@@ -124,7 +124,7 @@ class GMRES(Solver):
     rtol: float = 1e-5
     max_steps: int = 50
     restart: int = 50
-    """Most basis vectors kept; the space is opened anew when they are used up."""
+    """Largest number of basis vectors; the method restarts when they are used up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,14 +34,14 @@ class NewtonState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonKrylov(Solver):
-    """Inexact Newton steps from GMRES, bounded by a region of trust.
+    """Inexact Newton steps from GMRES in a trust region.
 
-    Each step minimizes `||g + J s||` over the Krylov space of `J` and `g` within `||s|| <= radius`: where the bound
-    is active, this is a step of Levenberg and Marquardt. The step is judged by the reduction of `||g||^2`, as a share of the
-    promised one. If it brings none, or ends at a non-finite value, it is tried again with a smaller radius and no new
-    product. A problem that does not halve `||g||` within `stall_steps` evaluations takes a few Newton steps in full
-    length, whatever they bring, and is granted twice as many evaluations next: this leads out of narrow valleys and of
-    some local minima of `||g||`.
+    Each step minimizes `||g + J s||` over the Krylov space of `J` and `g` within `||s|| <= radius`. Where the radius
+    is active, this is a step of Levenberg and Marquardt. A step is judged by the fraction of the promised reduction of
+    `||g||^2` that it brings. If it brings none, or ends at a non-finite value, it is tried again with a smaller radius
+    and no new product. If `||g||` is not halved within `stall_steps` evaluations, the solver takes five Newton steps
+    without testing them, and doubles `stall_steps`. This leads out of narrow valleys and of some local minima of
+    `||g||`.
 
     A step costs one evaluation, and after a step that was accepted up to `inner_steps` products, each as much as an
     evaluation. A product is a directional derivative in forward mode where the map allows it, else a difference. The
