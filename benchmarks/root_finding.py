@@ -12,7 +12,8 @@ is asked for is 1e-8 of that.
 Evaluations are calls of `g`; in deepeq they include those for the scale, for products with the Jacobian, and for the
 check at the end. SciPy's solvers see `g` as a function of NumPy arrays without derivatives. Those of jaxopt and
 optimistix see it as a function of JAX arrays; optimistix takes its Jacobian in forward mode, and neither counts
-evaluations. Each of their solves is compiled anew, which takes seconds. Needs what `--peers` names.
+evaluations. Each of their solves compiles its system first, which takes seconds. The libraries of `--peers` must be
+installed.
 """
 
 import sys

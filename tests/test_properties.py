@@ -392,20 +392,21 @@ def other_problems(run: Run) -> list[str]:
     return wrong
 
 
-def _report(seeds: range) -> None:
-    wrong = [line for seed in seeds for line in check(seed)]
-    assert not wrong, "\n".join(["", *wrong])
+def _violations(seeds: range) -> list[str]:
+    return [line for seed in seeds for line in check(seed)]
 
 
 @pytest.mark.parametrize("first", range(0, 500, CHUNK))
 def test_random_cases(first: int) -> None:
-    _report(range(first, first + CHUNK))
+    wrong = _violations(range(first, first + CHUNK))
+    assert not wrong, "\n".join(["", *wrong])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(500, 2500, 250))
 def test_more_random_cases(first: int) -> None:
-    _report(range(first, first + 250))
+    wrong = _violations(range(first, first + 250))
+    assert not wrong, "\n".join(["", *wrong])
 
 
 if __name__ == "__main__":

@@ -173,8 +173,8 @@ class Unrolled(_TiedLayer):
         checkpoint: Keep only about `sqrt(depth)` states between forward and backward, and compute the layers between
             them twice (Chen et al. 2016, Training deep nets with sublinear memory cost).
         batch_dims: Number of leading dimensions of the state that index the problems of the residuals; 0 for one.
-        keep_every: Return the states after every so many of the `depth` layers, but for the last, in `Solution.kept`,
-            for auxiliary losses; 0 for none.
+        keep_every: Return the state after every `keep_every`-th of the `depth` layers, except the last, in
+            `Solution.kept`, for auxiliary losses; 0 for none.
 
     Raises:
         ValueError: `depth` is not a whole number >= 1, or `no_grad_depth` or `keep_every` not one >= 0.

@@ -56,7 +56,7 @@ class Equilibrium(torch.autograd.Function):
                 fz = rule.evaluate(z)
             if not _same(fz, before):
                 raise RuntimeError(
-                    "f changed between the forward and the backward pass (a parameter updated, a mask drawn anew), so "
+                    "f changed between the forward and the backward pass (a parameter updated, another mask drawn), so "
                     "ImplicitAdjoint(checkpoint=True) cannot evaluate it again; run backward before changing anything"
                 )
         with torch.no_grad():

@@ -84,8 +84,8 @@ def spectral_radius(
         z: A state, usually the equilibrium.
         num_steps: Number of products with `J^T`.
         generator: Source of the first vector.
-        batch_dims: Number of leading dimensions that index independent problems, as in `fixed_point`; for a coupled
-            state, such as that of a graph, the rows alone have no spectral radius, so give 0.
+        batch_dims: Number of leading dimensions that index independent problems, as in `fixed_point`. Give 0 for a
+            coupled state, such as that of a graph: its rows have no spectral radius of their own.
         segments: Problem of each row, as in `fixed_point`.
 
     Raises:

@@ -88,7 +88,7 @@ def test_all_restarts_of_a_contraction_find_the_dense_equilibrium_and_its_gradie
 def segments_by_hand(
     cell: Reasoner, x: Tensor, z: State, fresh: State, masks: list[Tensor], prefix: int, tail: int
 ) -> list[tuple[State, tuple[Tensor, ...]]]:
-    """Segments of `prefix` steps without a gradient and `tail` steps with one; rows in the mask start anew."""
+    """Segments of `prefix` steps without a gradient and `tail` steps with one; rows in the mask start again."""
     wanted, history = list(cell.parameters()), []
     for mask in masks:
         z = tuple(torch.where(mask.reshape(-1, 1, 1), new, old.detach()) for new, old in zip(fresh, z, strict=True))

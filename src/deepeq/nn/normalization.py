@@ -180,7 +180,7 @@ def hold_weights(module: nn.Module) -> HeldWeights:
         solution = deepeq.fixed_point(lambda z: held(z, x), z0)
 
     A later update of a parameter does not reach a callable made before it. Checkpoint whole calls, not parts of the
-    module: a part that is computed again outside a call would compute its weights anew.
+    module: a part that is computed again outside a call would compute its weights again.
     """
     return HeldWeights(module)
 

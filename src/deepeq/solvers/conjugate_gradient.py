@@ -26,7 +26,7 @@ class ConjugateGradientState(NamedTuple):
 class ConjugateGradient(Solver):
     """Conjugate gradients on `A u = b` for an affine map `f(u) = M u + b` with positive definite `A = I - M`.
 
-    Made for symmetric problems: the backward pass where `J` is symmetric, as that of a gradient step on an energy. It
+    Made for symmetric problems, such as the backward pass of gradient descent on an energy, whose `J` is symmetric. It
     then needs about the evaluations of `GMRES`, and three vectors however many steps it takes. An evaluation at
     `u + s p` gives the product `A p = (r - g) / s` with the next direction `p`. Where the recursive residual `r` is
     small enough, and at the last step, `u` itself is evaluated, so that the residual that is reported is a measured
