@@ -161,7 +161,7 @@ def measure(variant: Variant, run: Path, solver: Solver | None) -> dict[str, Any
         return torch.stack([solution.num_steps for solution in solutions(run, **how)])  # (batches, B)
 
     if variant.base == "stack":
-        residuals = torch.stack([solution.residual for solution in solutions(run)])
+        residuals = torch.stack([solution.relative_residual for solution in solutions(run)])
         return {"last_layer_residual": float(residuals.mean())}
     if variant.remark == "dropout":
         found = {name: steps(masks=masks) for name, masks in (("with_masks", True), ("without_masks", False))}

@@ -135,7 +135,7 @@ def trace(f: Callable[[Any], Any], z0: Any, solver: Solver) -> Trace:
             solution = deepeq.fixed_point(recorded, z0, solver=solver, on_failure="ignore", verify=False)
     except deepeq.ConvergenceError as error:  # a non-finite value: what came before it is a result too
         solution = error.solution
-    return Trace(solution.trace.cpu(), torch.stack(absolute).cpu(), seconds, solution)
+    return Trace(solution.residual_history.cpu(), torch.stack(absolute).cpu(), seconds, solution)
 
 
 def evaluations_to(relative: Tensor, tolerance: float) -> float:
@@ -159,8 +159,8 @@ def describe(traced: Trace) -> dict[str, Any]:
         "seconds": number(traced.seconds[-1]),
         "last_residual": number(float(traced.relative[-1].quantile(0.5))),
         "last_absolute_residual": number(float(traced.absolute[-1].quantile(0.5))),
-        "best_residual": number(float(traced.solution.residual.quantile(0.5))),
-        "worst_best_residual": number(float(traced.solution.residual.max())),
+        "best_residual": number(float(traced.solution.relative_residual.quantile(0.5))),
+        "worst_best_residual": number(float(traced.solution.relative_residual.max())),
         "relative_median": numbers(traced.relative.quantile(0.5, dim=1)),
         "relative_min": numbers(traced.relative.amin(dim=1)),
         "relative_max": numbers(traced.relative.amax(dim=1)),

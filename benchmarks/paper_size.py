@@ -76,7 +76,7 @@ def one_step(recipe: Path, segment_len: int) -> dict[str, Any]:
 def _describe(solution: Solution) -> dict[str, Any]:
     return {
         "steps": int(solution.num_steps.max()),
-        "residual": float(f"{float(solution.residual.max()):.2g}"),
+        "residual": float(f"{float(solution.relative_residual.max()):.2g}"),
         "result": solution.result.name,
     }
 

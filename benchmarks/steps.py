@@ -98,7 +98,9 @@ def solvers_of(own: Solver) -> dict[str, Solver]:
 def evaluate_with(run: Trained, solver: Solver) -> dict[str, Any]:
     """Quality, steps, residuals and speed."""
     model, residuals = replace(run.config, evaluation=solver).prepare(run.model), []
-    hook = model.register_forward_hook(lambda _, __, output: residuals.extend(output.solution.residual.tolist()))
+    hook = model.register_forward_hook(
+        lambda _, __, output: residuals.extend(output.solution.relative_residual.tolist())
+    )
     about = {"rtol": solver.rtol, "max_steps": solver.max_steps}
     start = time.perf_counter()
     try:

@@ -61,9 +61,9 @@ def test_value_and_gradient_are_those_of_one_dense_solve_for_each_problem(batch_
     for a, e in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
     per_problem = shape[:batch_dims] or (1,)
-    for name in ("residual", "absolute_residual", "converged", "num_steps"):
+    for name in ("relative_residual", "absolute_residual", "converged", "num_steps"):
         assert getattr(solution, name).shape == per_problem, name
-    assert solution.trace.shape == (int(solution.num_steps.max()), *per_problem)
+    assert solution.residual_history.shape == (int(solution.num_steps.max()), *per_problem)
 
 
 @pytest.mark.parametrize("entry", [fixed_point, root_find])
@@ -92,7 +92,7 @@ def test_samples_beside_each_other_do_not_change_a_coupled_problem():
     )
     flat = fixed_point(lambda z: z @ matrix.T + b.reshape(1, 6), torch.zeros(1, 6).double())
     assert torch.equal(solution.value.reshape(1, 6), flat.value)
-    assert torch.equal(solution.trace, flat.trace)
+    assert torch.equal(solution.residual_history, flat.residual_history)
 
 
 @pytest.mark.parametrize("batch_dims", [-1, 1.0, True, None])
@@ -162,7 +162,7 @@ def test_segments_give_what_separate_solves_give(segments, solver):
     for problem in range(int(segments.max()) + 1):
         own = (segments == problem).nonzero().squeeze(1)
         if not len(own):
-            assert together.residual[problem] == 0
+            assert together.relative_residual[problem] == 0
             assert together.converged[problem]
             continue
         alone = fixed_point(
@@ -172,7 +172,9 @@ def test_segments_give_what_separate_solves_give(segments, solver):
             torch.testing.assert_close(a, b[own], rtol=1e-9, atol=1e-10)
         assert together.num_steps[problem] == alone.num_steps
         steps = int(alone.num_steps)
-        torch.testing.assert_close(together.trace[:steps, problem], alone.trace[:, 0], rtol=1e-2, atol=1e-13)
+        torch.testing.assert_close(
+            together.residual_history[:steps, problem], alone.residual_history[:, 0], rtol=1e-2, atol=1e-13
+        )
         for total, part in zip(
             expected, torch.autograd.grad(ragged.loss(alone.value, own), ragged.leaves), strict=True
         ):
@@ -189,7 +191,7 @@ def test_residual_of_a_segment_is_that_of_its_rows():
     for problem, own in enumerate(([1], [0, 2])):
         f = lambda z, own=own: (slopes[own] * z.T + 1.0).T  # noqa: E731
         expected = relative_residual(f, solution.value[own].T)
-        torch.testing.assert_close(solution.residual[problem : problem + 1], expected)
+        torch.testing.assert_close(solution.relative_residual[problem : problem + 1], expected)
         absolute = (f(solution.value[own].T) - solution.value[own].T).norm()
         torch.testing.assert_close(solution.absolute_residual[problem], absolute)
 
@@ -243,7 +245,7 @@ def test_forgotten_coupling_is_told_and_nobody_is_called_converged(adjoint, grad
         coupled = fixed_point(chain, START, adjoint=adjoint, batch_dims=0)
     assert solution.result is Result.MAX_STEPS
     assert not solution.converged.any()
-    torch.testing.assert_close(solution.residual[0].item(), 1.0)  # f of row 0 is two, its value is zero
+    torch.testing.assert_close(solution.relative_residual[0].item(), 1.0)  # f of row 0 is two, its value is zero
     torch.testing.assert_close(solution.absolute_residual[0].item(), 2.0, rtol=1e-2, atol=0.0)
     torch.testing.assert_close(coupled.value.detach(), torch.full_like(START, 2.0), rtol=1e-2, atol=0.0)
     assert coupled.converged.all()
@@ -454,5 +456,5 @@ def test_map_that_writes_all_its_results_into_one_buffer_is_harmless(solver):
             lambda z: torch.add(slopes * z, 1.0, out=buffer), torch.zeros(2, 1), solver=solver, keep=[1, 2]
         )
     assert torch.equal(solution.value, expected.value)
-    assert torch.equal(solution.trace, expected.trace)
+    assert torch.equal(solution.residual_history, expected.residual_history)
     assert torch.equal(solution.kept[0], torch.ones(2, 1))

@@ -156,7 +156,7 @@ def test_structured_input_of_a_plain_cell_gives_a_structured_state():
         solution = layer(x)
         torch.testing.assert_close(solution.value["a"], torch.full((2, 3), 8 / 7), rtol=1e-4, atol=0.0)
         torch.testing.assert_close(solution.value["b"], torch.full((2, 3), 2 / 7), rtol=1e-4, atol=0.0)
-        assert solution.residual.shape == (2,)
+        assert solution.relative_residual.shape == (2,)
 
 
 # --- what they compute -----------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_adjoint_given_to_a_call_stands_in_for_that_of_the_layer():
 def test_call_hands_on_segments_keep_and_callback():
     cell, x, seen = PlainCell(), torch.randn(3, 4), []
     solution = deq(cell)(x, segments=torch.tensor([0, 0, 1]), keep=[1], callback=lambda step, z, r: seen.append(step))
-    assert solution.residual.shape == (2,)
+    assert solution.relative_residual.shape == (2,)
     torch.testing.assert_close(solution.kept[0], cell(torch.zeros(3, 4), x))
     assert seen == list(range(1, int(solution.num_steps.max()) + 1))
 
@@ -263,11 +263,11 @@ def test_unrolled_is_the_loop_and_reports_the_last_layer():
     assert solution.num_evals == 5
     assert solution.num_steps.tolist() == [5, 5, 5]
     assert solution.num_steps.dtype == torch.int64
-    assert solution.trace.shape == (5, 3)
-    for before, residual in zip(states[:-1], solution.trace, strict=True):
+    assert solution.residual_history.shape == (5, 3)
+    for before, residual in zip(states[:-1], solution.residual_history, strict=True):
         torch.testing.assert_close(residual, relative_residual(lambda z: cell(z, x), before))
-    assert torch.equal(solution.residual, solution.trace[-1])
-    assert not solution.residual.requires_grad
+    assert torch.equal(solution.relative_residual, solution.residual_history[-1])
+    assert not solution.relative_residual.requires_grad
     assert solution.result is Result.MAX_STEPS
     assert not solution.converged.any()
 
@@ -548,7 +548,7 @@ def test_kept_states_are_those_after_every_so_many_layers(checkpoint):
     assert len(solution.kept) == 2
     for state, depth in zip(solution.kept, (3, 6), strict=True):
         torch.testing.assert_close(state, Unrolled(cell, depth)(x).value)
-    assert solution.trace.shape == (7, 3)
+    assert solution.residual_history.shape == (7, 3)
     assert Unrolled(cell, 6, keep_every=3)(x).kept[-1] is not solution.value
     assert len(Unrolled(cell, 6, keep_every=3)(x).kept) == 1
 

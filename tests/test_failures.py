@@ -62,7 +62,7 @@ def test_diverging_iteration_is_never_called_converged(gain, max_steps, dtype):
     assert solution.result is not Result.CONVERGED
     assert not solution.converged.any()
     assert solution.value.isfinite().all()
-    assert (solution.residual > 1e-2).all()
+    assert (solution.relative_residual > 1e-2).all()
 
 
 @pytest.mark.parametrize("problem_name", ["rotation_diverging", "stiff", "diverging", "one_hard_sample"])
@@ -95,9 +95,9 @@ def test_diverging_backward_is_never_called_converged(max_steps):
 def test_far_point_with_a_smaller_relative_residual_is_not_the_best():
     """`z <- 2 z + 1` from 0: the relative residual falls from 1 to 1/2, and every point is farther from -1."""
     solution = solve(lambda z: 2.0 * z + 1.0, torch.zeros(1, 1), solver=FixedPointIteration(max_steps=20))
-    assert (solution.trace[1:] < solution.trace[0]).all()
+    assert (solution.residual_history[1:] < solution.residual_history[0]).all()
     assert solution.value.item() == 0.0
-    assert solution.residual.item() == solution.absolute_residual.item() == 1.0
+    assert solution.relative_residual.item() == solution.absolute_residual.item() == 1.0
 
 
 def test_converged_point_may_be_farther_in_absolute_terms_than_the_first():
@@ -195,7 +195,7 @@ def test_kept_nonfinite_problem_holds_its_best_finite_point_and_the_others_their
     solution = solve(f, torch.full((2, 1), 0.5), solver=FixedPointIteration(rtol=1e-5, max_steps=60), nonfinite="keep")
     assert solution.converged.tolist() == [True, False]
     assert solution.value[1].item() == 0.5
-    torch.testing.assert_close(solution.residual[1].item(), 0.25 / 0.25)
+    torch.testing.assert_close(solution.relative_residual[1].item(), 0.25 / 0.25)
     (gradient,) = torch.autograd.grad(solution.value.sum(), shift)
     torch.testing.assert_close(gradient, torch.tensor([[2.0], [0.4]]), rtol=1e-3, atol=0.0)
 
@@ -381,8 +381,8 @@ def test_sentence_is_about_the_worst_problem_and_its_numbers():
     slopes = torch.tensor([[0.5], [0.99], [0.9]])
     solution = solve(lambda z: slopes * z + 1.0, torch.zeros(3, 1), solver=FixedPointIteration(max_steps=20))
     assert solution.message.startswith(
-        f"the residual of problem 1 of 3 (counted from 0) is {solution.residual[1]:.1e} after 20 steps, above its "
-        "tolerance (rtol=0.001, atol=0); "
+        f"the residual of problem 1 of 3 (counted from 0) is {solution.relative_residual[1]:.1e} after 20 steps, "
+        "above its tolerance (rtol=0.001, atol=0); "
     )
 
 

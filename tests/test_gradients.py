@@ -155,7 +155,7 @@ def test_jacobian_and_last_product_are_both_taken_at_the_returned_value(cell):
     """At a loose solution `z`, not at `f(z)`, and not one here and the other there."""
     solution = fixed_point(cell, cell.z0, solver=FixedPointIteration(rtol=0.2), adjoint=IMPLICIT)
     z = solution.value.detach()
-    assert (solution.residual > 0.01).all()
+    assert (solution.relative_residual > 0.01).all()
     jacobian = torch.autograd.functional.jacobian(cell, z).reshape(z.numel(), z.numel())
     v = (cell.weights + z).reshape(-1)
     u = torch.linalg.solve(torch.eye(z.numel(), dtype=z.dtype) - jacobian.T, v)
@@ -402,7 +402,7 @@ def test_all_adjoints_return_the_solvers_value(cell, adjoint):
         expected = fixed_point(cell, cell.z0, solver=loose)
     solution = fixed_point(cell, cell.z0, solver=loose, adjoint=adjoint)
     assert torch.equal(solution.value, expected.value)
-    assert torch.equal(solution.residual, expected.residual)
+    assert torch.equal(solution.relative_residual, expected.relative_residual)
     assert torch.equal(solution.num_steps, expected.num_steps)
 
 
@@ -617,7 +617,7 @@ def test_value_requires_a_gradient_even_where_no_tensor_of_f_does(adjoint):
     """Which tensors `f` touches is not looked for: autograd records them all."""
     solution = fixed_point(torch.cos, torch.zeros(2, 3), adjoint=adjoint)
     assert solution.value.requires_grad
-    assert not any(t.requires_grad for t in (solution.residual, solution.trace, solution.converged))
+    assert not any(t.requires_grad for t in (solution.relative_residual, solution.residual_history, solution.converged))
     solution.value.sum().backward()
     with torch.no_grad():
         assert not fixed_point(torch.cos, torch.zeros(2, 3), adjoint=adjoint).value.requires_grad
@@ -627,7 +627,7 @@ def test_value_requires_a_gradient_even_where_no_tensor_of_f_does(adjoint):
 def test_only_the_value_is_differentiable(cell, adjoint):
     solution = fixed_point(cell, cell.z0, adjoint=adjoint)
     assert solution.value.requires_grad
-    assert not any(t.requires_grad for t in (solution.residual, solution.trace))
+    assert not any(t.requires_grad for t in (solution.relative_residual, solution.residual_history))
 
 
 def test_exception_inside_f_leaves_nothing_behind(cell):

@@ -31,14 +31,14 @@ def test_check_every_changes_the_cost_alone(solver, problem_name, check_every):
     every = run(problem.f, solver, problem.z0, check_every=1)
     f = Recorder(problem.f)
     seldom = run(f, solver, problem.z0, check_every=check_every)
-    for name in ("value", "residual", "converged", "num_steps"):
+    for name in ("value", "relative_residual", "converged", "num_steps"):
         assert torch.equal(getattr(every, name), getattr(seldom, name)), name
     assert every.result is seldom.result
     steps = int(every.num_steps.max())
-    assert torch.equal(seldom.trace[:steps], every.trace)
-    assert (seldom.trace[steps:] == every.trace[-1]).all()
+    assert torch.equal(seldom.residual_history[:steps], every.residual_history)
+    assert (seldom.residual_history[steps:] == every.residual_history[-1]).all()
     needed = min(-(-steps // check_every) * check_every, solver.max_steps)
-    assert seldom.num_evals == f.count == len(seldom.trace) == needed
+    assert seldom.num_evals == f.count == len(seldom.residual_history) == needed
 
 
 @solvers
@@ -48,7 +48,7 @@ def test_known_f_z0_saves_one_evaluation_and_nothing_else(solver):
     without = run(plain, solver, problem.z0)
     given = run(saving, solver, problem.z0, first=problem.f(problem.z0))
     assert torch.equal(without.value, given.value)
-    assert torch.equal(without.trace, given.trace)
+    assert torch.equal(without.residual_history, given.residual_history)
     assert torch.equal(without.num_steps, given.num_steps)
     assert saving.count == given.num_evals == without.num_evals - 1 == plain.count - 1
     assert all(torch.equal(a, b) for a, b in zip(plain.points[1:], saving.points, strict=True))
@@ -69,7 +69,7 @@ def test_max_steps_bounds_the_evaluations(solver, max_steps):
     problem = PROBLEMS["rotation_slow"](torch.float64)
     f = Recorder(problem.f)
     solution = run(f, type(solver)(rtol=1e-12, max_steps=max_steps), problem.z0)
-    assert f.count == solution.num_evals == len(solution.trace) == max_steps
+    assert f.count == solution.num_evals == len(solution.residual_history) == max_steps
     assert solution.num_steps.tolist() == [max_steps] * len(problem.z0)
     assert solution.result is Result.MAX_STEPS
 
@@ -97,14 +97,14 @@ def test_nonfinite_value_ends_its_own_problem_alone_and_keeps_the_best_points(so
     assert solution.num_steps[1] == step
     assert solution.value.isfinite().all()
     others = [0, 2]
-    for name in ("value", "residual", "converged", "num_steps"):
+    for name in ("value", "relative_residual", "converged", "num_steps"):
         assert torch.equal(getattr(solution, name)[others], getattr(healthy, name)[others]), name
-    torch.testing.assert_close(relative_residual(problem.f, solution.value)[[0, 2]], solution.residual[[0, 2]])
+    torch.testing.assert_close(relative_residual(problem.f, solution.value)[[0, 2]], solution.relative_residual[[0, 2]])
     if step == 1:
         assert torch.equal(solution.value[1], problem.z0[1])
     else:
-        torch.testing.assert_close(relative_residual(problem.f, solution.value)[1], solution.residual[1])
-        assert solution.residual[1] in healthy.trace[: step - 1, 1]
+        torch.testing.assert_close(relative_residual(problem.f, solution.value)[1], solution.relative_residual[1])
+        assert solution.relative_residual[1] in healthy.residual_history[: step - 1, 1]
         assert solution.absolute_residual[1] <= (problem.f(problem.z0) - problem.z0)[1].norm() * (1 + 1e-12)
 
 
@@ -127,8 +127,8 @@ def test_sample_that_is_done_is_not_touched_by_what_f_says_later(solver, step, l
 
     solution = run(f, solver, z0)
     assert solution.result is not Result.NONFINITE
-    assert solution.residual[0] > 0
-    assert (solution.trace[:, 0] == solution.residual[0]).all()
+    assert solution.relative_residual[0] > 0
+    assert (solution.residual_history[:, 0] == solution.relative_residual[0]).all()
     assert torch.equal(solution.value[0], z0[0])
     assert solution.converged[0]
 
@@ -150,7 +150,9 @@ def test_nonfinite_point_of_a_rule_does_not_poison_the_best_point():
     assert not solution.converged[1]
     assert solution.num_steps[1] == 3
     assert solution.value.isfinite().all()
-    torch.testing.assert_close(relative_residual(problem.f, solution.value), solution.residual, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(
+        relative_residual(problem.f, solution.value), solution.relative_residual, rtol=1e-6, atol=1e-12
+    )
 
 
 class _Watch(FixedPointIteration):
@@ -232,7 +234,7 @@ def test_iterate_is_a_pure_function_of_its_arguments(solver):
     problem = PROBLEMS["tanh"](torch.float32)
     first, second = (run(problem.f, solver, problem.z0) for _ in range(2))
     assert torch.equal(first.value, second.value)
-    assert torch.equal(first.trace, second.trace)
+    assert torch.equal(first.residual_history, second.residual_history)
 
 
 def test_huge_but_finite_map_is_not_mistaken_for_converged():

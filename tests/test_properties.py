@@ -124,8 +124,8 @@ def structure(run: Run) -> list[str]:
     for name in ("residual", "converged", "num_steps", "absolute_residual"):
         if tuple(getattr(solution, name).shape) != tuple(shape):
             wrong.append(f"{name} has shape {tuple(getattr(solution, name).shape)}, not {tuple(shape)}")
-    if tuple(solution.trace.shape[1:]) != tuple(shape):
-        wrong.append(f"trace has shape {tuple(solution.trace.shape)}")
+    if tuple(solution.residual_history.shape[1:]) != tuple(shape):
+        wrong.append(f"trace has shape {tuple(solution.residual_history.shape)}")
     return wrong
 
 
@@ -152,7 +152,7 @@ def _counts(run: Run) -> list[str]:
     case, solution, wrong = run.case, run.solution, []
     if solution.num_evals != run.num_calls_forward:
         wrong.append(f"num_evals={solution.num_evals}, but the map was called {run.num_calls_forward} times")
-    steps = len(solution.trace)
+    steps = len(solution.residual_history)
     if [step for step, _ in run.steps] != list(range(1, steps + 1)) or steps > case.solver.max_steps:
         wrong.append(f"callback saw steps {[step for step, _ in run.steps]}, trace has {steps}")
     if solution.num_steps.numel():
@@ -195,7 +195,7 @@ def _is_finite(run: Run, flat: Tensor) -> bool:
 def residuals(run: Run) -> list[str]:
     """The residuals are those of the returned state, which meets its tolerance where it claims to."""
     case, solution, wrong = run.case, run.solution, []
-    if not len(case.layout.owner) or not len(solution.residual.reshape(-1)):
+    if not len(case.layout.owner) or not len(solution.relative_residual.reshape(-1)):
         return wrong
     parameters = run.parameters.to(torch.float64)
     distance, size, noise = case.measured(parameters, run.flat)
@@ -214,9 +214,9 @@ def residuals(run: Run) -> list[str]:
                 f"problem {p} is called converged, but ||g|| is {distance[p].tolist()} for a tolerance of "
                 f"{tolerance[p].tolist()} and rounding errors of {noise[p].tolist()}"
             )
-    if len(solution.trace) and checked:
+    if len(solution.residual_history) and checked:
         wrong += _reported(run, distance, scale, noise, scale_noise)
-    if len(solution.trace) and not case.coupled:
+    if len(solution.residual_history) and not case.coupled:
         # Several numbers per problem are compared in units of the first f(z0), or g(z0).
         _, first_size, _ = case.measured(parameters, first)
         unit = torch.where(first_size > 0, first_size, size).clamp_min(1e-300)
@@ -233,7 +233,7 @@ def residuals(run: Run) -> list[str]:
 
 def _reported(run: Run, distance: Tensor, scale: Tensor, noise: Tensor, scale_noise: Tensor) -> list[str]:
     case, solution, wrong = run.case, run.solution, []
-    relative = solution.residual.reshape(-1).double()
+    relative = solution.relative_residual.reshape(-1).double()
     absolute = solution.absolute_residual.reshape(-1).double()
     if case.coupled:
         if solution.result is Result.NONFINITE:
@@ -287,7 +287,7 @@ def gradients(run: Run) -> list[str]:
     if not bool(torch.isfinite(u).all()):
         if case.adjoint == "phantom":
             return []  # plain backpropagation through f, whose own derivative is not finite there
-        told = told or not bool(torch.isfinite(run.solution.residual).all())
+        told = told or not bool(torch.isfinite(run.solution.relative_residual).all())
         return [] if told else ["the gradient is not finite, and nobody was told"]
     if case.adjoint in ("implicit", "checkpoint", "twice"):
         return [] if told else _implicit(case, parameters, jacobian, u, v)

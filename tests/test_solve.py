@@ -118,10 +118,10 @@ def test_norms_and_inner_products_run_over_all_parts_of_a_state():
 
     together = fixed_point(flat, torch.cat([a0, b0.squeeze(2)], dim=1), solver=TIGHT)
     parts = fixed_point(lambda s: coupled(*s), (a0, b0), solver=TIGHT, norm="whole")
-    assert torch.equal(parts.residual, together.residual)
+    assert torch.equal(parts.relative_residual, together.relative_residual)
     assert torch.equal(parts.num_steps, together.num_steps)
     assert torch.equal(parts.value[0], together.value[:, :2])
-    assert parts.residual.shape == parts.converged.shape == (4,)
+    assert parts.relative_residual.shape == parts.converged.shape == (4,)
 
 
 def test_dict_returned_in_another_order_is_matched_by_key():
@@ -159,7 +159,7 @@ def test_gradients_reach_every_part_of_a_structured_state(adjoint):
 def test_state_of_any_shape(shape, residual_shape, solver):
     solution = fixed_point(lambda z: 0.5 * z + 1.0, torch.zeros(shape), solver=solver)
     torch.testing.assert_close(solution.value, torch.full(shape, 2.0), rtol=5e-3, atol=0.0)
-    assert solution.residual.shape == residual_shape
+    assert solution.relative_residual.shape == residual_shape
 
 
 @solvers
@@ -171,7 +171,7 @@ def test_empty_state_is_converged_at_once(shape, solver):
     )
     assert solution.value.shape == shape
     assert solution.result is Result.CONVERGED
-    assert solution.residual.shape == (shape[0],)
+    assert solution.relative_residual.shape == (shape[0],)
     assert (solution.num_steps <= 1).all()
     solution.value.sum().backward()
     assert shift.grad.shape == shape
@@ -215,7 +215,7 @@ def test_16_bit_state_is_solved_in_float32(solver, dtype):
     solution = solve(f, torch.zeros(2, 6, dtype=dtype), solver=solver, adjoint=ImplicitAdjoint(solver=COARSE))
     assert set(seen) == {dtype}
     assert solution.value.dtype == dtype
-    assert solution.residual.dtype == solution.trace.dtype == torch.float32
+    assert solution.relative_residual.dtype == solution.residual_history.dtype == torch.float32
     exact = 1 / (1 - slopes.detach().double())
     torch.testing.assert_close(solution.value[0].double(), exact, rtol=2e-2, atol=0.0)
     (gradient,) = torch.autograd.grad(solution.value.sum(), slopes)
@@ -244,7 +244,7 @@ def test_mixed_dtype_state_keeps_each_dtype(first, second):
 
     solution = fixed_point(f, z0)
     assert [part.dtype for part in solution.value] == [first, second]
-    assert solution.residual.dtype == torch.promote_types(torch.float32, torch.promote_types(first, second))
+    assert solution.relative_residual.dtype == torch.promote_types(torch.float32, torch.promote_types(first, second))
     torch.testing.assert_close(solution.value[1].double(), torch.full((2, 1), 1.25).double(), rtol=1e-2, atol=0.0)
     torch.testing.assert_close(solution.value[0].double(), torch.full((2, 3), 2.5).double(), rtol=2e-2, atol=0.0)
 
@@ -400,8 +400,8 @@ def test_throw_raises_only_where_it_should():
         assert solution.result is Result.MAX_STEPS
         with pytest.raises(ConvergenceError, match="rtol") as error:
             entry(function, problem.z0, solver=slow, throw=True)
-        torch.testing.assert_close(error.value.solution.residual, solution.residual)
-        assert f"{solution.residual.max():.1e}" in str(error.value)
+        torch.testing.assert_close(error.value.solution.relative_residual, solution.relative_residual)
+        assert f"{solution.relative_residual.max():.1e}" in str(error.value)
         assert str(error.value) == solution.message
         entry(function, problem.z0, solver=Broyden(), throw=True)
 
@@ -421,12 +421,12 @@ def test_every_field_of_a_solution_is_documented():
     assert tuple(documented) == Solution._fields
     assert Solution._fields == (
         "value",
-        "residual",
+        "relative_residual",
         "converged",
         "num_steps",
         "num_evals",
         "result",
-        "trace",
+        "residual_history",
         "absolute_residual",
         "kept",
         "message",
@@ -549,7 +549,7 @@ def test_autocast_solves_and_differentiates_close_to_float32(solver):
 
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             solution = fixed_point(f, torch.zeros(2, 6), solver=coarse, adjoint=ImplicitAdjoint(solver=COARSE))
-        assert solution.value.dtype == solution.residual.dtype == torch.float32
+        assert solution.value.dtype == solution.relative_residual.dtype == torch.float32
         assert solution.converged.all()
         gradients.append(torch.autograd.grad(solution.value.square().sum(), module.weight)[0])
     assert set(inside) == {(True, torch.bfloat16), (False, torch.float32)}

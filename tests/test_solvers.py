@@ -77,16 +77,16 @@ def test_solution_reports_what_was_computed(solver_name, problem_name, dtype):
 
     assert torch.equal(z0, problem.z0)
     assert solution.value.shape == z0.shape
-    assert solution.value.dtype == solution.residual.dtype == dtype
-    assert solution.residual.shape == solution.converged.shape == solution.num_steps.shape == (batch_size,)
+    assert solution.value.dtype == solution.relative_residual.dtype == dtype
+    assert solution.relative_residual.shape == solution.converged.shape == solution.num_steps.shape == (batch_size,)
     assert solution.converged.dtype == torch.bool
     assert solution.num_steps.dtype == torch.int64
-    assert solution.trace.shape == (solution.num_steps.max(), batch_size)
+    assert solution.residual_history.shape == (solution.num_steps.max(), batch_size)
 
     residual = relative_residual(problem.f, solution.value)
     slack = 20 * torch.finfo(dtype).eps
-    torch.testing.assert_close(solution.residual, residual, rtol=1e-3, atol=slack)
-    assert torch.equal(solution.converged, solution.residual <= rtol)
+    torch.testing.assert_close(solution.relative_residual, residual, rtol=1e-3, atol=slack)
+    assert torch.equal(solution.converged, solution.relative_residual <= rtol)
     assert (solution.result is Result.CONVERGED) == bool(solution.converged.all())
     assert (solution.result is Result.MAX_STEPS) == (not bool(solution.converged.all()))
 
@@ -101,16 +101,21 @@ def test_solution_reports_what_was_computed(solver_name, problem_name, dtype):
     for step, point in enumerate(f.points):
         running = solution.num_steps > step
         torch.testing.assert_close(
-            solution.trace[step][running], relative_residual(problem.f, point)[running], rtol=1e-3, atol=slack
+            solution.residual_history[step][running],
+            relative_residual(problem.f, point)[running],
+            rtol=1e-3,
+            atol=slack,
         )
-        last = solution.trace[solution.num_steps - 1, torch.arange(batch_size)]
-        assert torch.equal(solution.trace[step][~running], last[~running])
+        last = solution.residual_history[solution.num_steps - 1, torch.arange(batch_size)]
+        assert torch.equal(solution.residual_history[step][~running], last[~running])
     # The best point that is no farther away than z0 is returned, and a sample stops at the first that is good enough.
     distances = torch.stack([(problem.f(point) - point).double().norm(dim=1) for point in f.points])
-    candidates = (distances <= distances[0]) | (solution.trace <= rtol)
-    assert torch.equal(solution.residual, solution.trace.masked_fill(~candidates, torch.inf).amin(dim=0))
+    candidates = (distances <= distances[0]) | (solution.residual_history <= rtol)
+    assert torch.equal(
+        solution.relative_residual, solution.residual_history.masked_fill(~candidates, torch.inf).amin(dim=0)
+    )
     for sample, steps in enumerate(solution.num_steps.tolist()):
-        assert (solution.trace[: steps - 1, sample] > rtol).all()
+        assert (solution.residual_history[: steps - 1, sample] > rtol).all()
         assert steps == 25 or solution.converged[sample]
 
 
@@ -120,7 +125,7 @@ def test_value_is_never_worse_than_z0(solver_name, problem_name):
     problem = PROBLEMS[problem_name](torch.float64)
     z0 = problem.z_star + 1e-3
     solution = solve(problem.f, z0, solver=build(solver_name, rtol=1e-12, max_steps=4))
-    assert (solution.residual <= relative_residual(problem.f, z0) * (1 + 1e-9)).all()
+    assert (solution.relative_residual <= relative_residual(problem.f, z0) * (1 + 1e-9)).all()
 
 
 @solver_names
@@ -132,7 +137,7 @@ def test_first_point_returned_where_nothing_better_is_found(solver_name):
     solution = solve(f, z0, solver=build(solver_name, max_steps=6))
     assert torch.equal(solution.value, z0)
     assert not solution.converged.any()
-    torch.testing.assert_close(solution.residual, torch.full((2,), 0.5 / 1.5))
+    torch.testing.assert_close(solution.relative_residual, torch.full((2,), 0.5 / 1.5))
 
 
 @problem_names
@@ -165,7 +170,7 @@ def test_sample_has_bitwise_the_same_answer_alone_and_beside_others(solver_name,
     together = solve(problem.f, problem.z0, solver=solver)
     for i in range(len(problem.z0)):
         alone = solve(problem.f_of_sample(i), problem.z0[i : i + 1], solver=solver)
-        for name in ("value", "residual", "num_steps", "converged"):
+        for name in ("value", "relative_residual", "num_steps", "converged"):
             assert torch.equal(getattr(alone, name), getattr(together, name)[i : i + 1]), name
     if problem_name == "one_hard_sample":  # else nothing was frozen, and the test would say nothing
         assert len(set(together.num_steps.tolist())) > 1
@@ -555,8 +560,8 @@ def test_gmres_evaluates_the_minimizer_as_soon_as_the_space_is_complete(dtype):
     slopes = torch.tensor([[0.5, 0.5, 0.5, -2.0, -2.0]], dtype=dtype)
     out_of_reach = GMRES(rtol=0.0, atol=1e-30, max_steps=25)
     solution = solve(lambda z: slopes * z + slopes.cos(), torch.zeros(1, 5, dtype=dtype), solver=out_of_reach)
-    assert (solution.trace[:3] > 1e-2).all()
-    assert (solution.trace[3] < 100 * torch.finfo(dtype).eps).all()
+    assert (solution.residual_history[:3] > 1e-2).all()
+    assert (solution.residual_history[3] < 100 * torch.finfo(dtype).eps).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

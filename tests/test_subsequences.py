@@ -226,17 +226,19 @@ def test_solution_describes_all_pieces() -> None:
     x[1, :4] *= 30.0
     first, second, third = pieces = by_hand(layer, x, 3)
     joined = Subsequences(layer, 3)(x)
-    assert len({len(piece.trace) for piece in pieces}) > 1
+    assert len({len(piece.residual_history) for piece in pieces}) > 1
     assert torch.equal(joined.value, torch.cat([piece.value for piece in pieces], dim=1))
     assert joined.num_evals == first.num_evals + second.num_evals + third.num_evals
     steps = torch.stack([piece.num_steps for piece in pieces])
     assert torch.equal(joined.num_steps, steps.max(dim=0).values)
-    assert len(joined.trace) == int(joined.num_steps.max())
-    for step in range(len(joined.trace)):
+    assert len(joined.residual_history) == int(joined.num_steps.max())
+    for step in range(len(joined.residual_history)):
         for b in range(3):
-            rows = [piece.trace[min(step, len(piece.trace) - 1), b] for piece in pieces]
-            assert joined.trace[step, b] == max(rows)
-    assert torch.equal(joined.residual, torch.stack([piece.residual for piece in pieces]).max(dim=0).values)
+            rows = [piece.residual_history[min(step, len(piece.residual_history) - 1), b] for piece in pieces]
+            assert joined.residual_history[step, b] == max(rows)
+    assert torch.equal(
+        joined.relative_residual, torch.stack([piece.relative_residual for piece in pieces]).max(dim=0).values
+    )
     assert joined.converged.all()
     assert joined.result is Result.CONVERGED
 
@@ -247,7 +249,7 @@ def test_residual_bounds_that_of_the_whole() -> None:
     f, _ = layer.prepare(x)
     of_the_whole = relative_residual(f, solution.value.detach())
     assert (of_the_whole > 1e-3).all()
-    assert (of_the_whole <= solution.residual).all()
+    assert (of_the_whole <= solution.relative_residual).all()
 
 
 def test_one_piece_short_of_its_tolerance_shows_in_the_whole() -> None:

@@ -163,7 +163,7 @@ def test_every_problem_takes_its_least_steps(solver, grad):
     assert torch.equal(solution.num_steps, expected.num_steps.clamp_min(6))
     assert expected.num_steps[0] == 1
     assert solution.converged.all()
-    assert (solution.residual <= expected.residual).all()
+    assert (solution.relative_residual <= expected.relative_residual).all()
 
 
 # --- no steps --------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_no_steps_return_the_first_point(cell, solver, grad):
     assert solution.result is Result.MAX_STEPS
     assert not solution.converged.any()
     assert solution.num_steps.tolist() == [0, 0, 0]
-    assert solution.trace.shape == (0, 3)
+    assert solution.residual_history.shape == (0, 3)
     assert solution.num_evals == f.count <= 1
     if grad:
         torch.testing.assert_close(solution.absolute_residual, (cell(z0) - z0).norm(dim=1).detach())
@@ -210,7 +210,7 @@ def test_last_phantom_step_is_truncated_backpropagation(cell, steps, damping, wa
         before = by_hand(cell, start, steps - 1, damping)
         torch.testing.assert_close(solve(cell, z0, solver=solver, adjoint=adjoint).value, expected)
     distance, size = (cell(before) - before).norm(dim=1), cell(before).norm(dim=1)
-    torch.testing.assert_close(solution.residual, (distance / size).detach())
+    torch.testing.assert_close(solution.relative_residual, (distance / size).detach())
     torch.testing.assert_close(solution.absolute_residual, distance.detach())
     assert solution.num_evals == warm_up + steps
     assert not solution.converged.any()
@@ -250,7 +250,7 @@ def test_layers_without_a_graph_are_truncated_backpropagation(cell, no_grad_dept
     states = [by_hand(cell, start, steps, 0.0) for steps in (2, 3)]
     torch.testing.assert_close(solution.value, states[1])
     torch.testing.assert_close(solution.kept[0], states[0])
-    assert solution.num_evals == len(solution.trace) == no_grad_depth + 3
+    assert solution.num_evals == len(solution.residual_history) == no_grad_depth + 3
     for a, b in ((solution.value, states[1]), (solution.kept[0], states[0])):
         gradients = [torch.autograd.grad(z.square().sum(), cell.w, retain_graph=True)[0] for z in (a, b)]
         torch.testing.assert_close(*gradients)
@@ -283,7 +283,7 @@ def test_callback_sees_each_step(solver, grad):
         assert torch.equal(state, point)
         assert not residual.requires_grad
         running = solution.num_steps >= step
-        assert torch.equal(residual[running], solution.trace[step - 1][running])
+        assert torch.equal(residual[running], solution.residual_history[step - 1][running])
 
 
 def test_callback_receives_states_with_the_structure_of_z0():
@@ -324,7 +324,7 @@ def test_complex_equilibrium_has_the_value_and_gradient_of_a_dense_solve(solver,
     )
     direct = torch.linalg.solve(torch.eye(4, dtype=dtype) - matrix, b.T).T
     assert solution.value.dtype == dtype
-    assert solution.residual.dtype == dtype.to_real()
+    assert solution.relative_residual.dtype == dtype.to_real()
     torch.testing.assert_close(solution.value, direct, rtol=1e-4, atol=1e-4)
     for loss in (lambda z: z.abs().square().sum(), lambda z: (z.real * z.imag).sum()):
         found, expected = (
@@ -339,7 +339,7 @@ def test_complex_residual_is_that_of_complex_numbers():
     solution = solve(lambda z: 0.5j * z + (3.0 + 4.0j), z0, solver=FixedPointIteration(max_steps=2))
     z = solution.value.detach()
     fz = 0.5j * z + (3.0 + 4.0j)
-    torch.testing.assert_close(solution.residual, (fz - z).norm(dim=1) / fz.norm(dim=1))
+    torch.testing.assert_close(solution.relative_residual, (fz - z).norm(dim=1) / fz.norm(dim=1))
 
 
 def test_complex_and_real_parts_of_one_state_keep_their_dtypes():

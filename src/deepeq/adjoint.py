@@ -212,7 +212,7 @@ class PhantomAdjoint(Adjoint):
             return _with_kept_states(problem, solution, Equilibrium.apply(z, solution.value, Rule(None)))
         relative, absolute = joint.relative.to(z.dtype), joint.absolute.to(z.dtype)
         solution = solution._replace(
-            residual=relative, absolute_residual=absolute, converged=torch.zeros_like(solution.converged)
+            relative_residual=relative, absolute_residual=absolute, converged=torch.zeros_like(solution.converged)
         )
         if solution.result is not Result.NONFINITE:
             solution = solution._replace(result=Result.MAX_STEPS, message="")
@@ -310,7 +310,9 @@ def _confirmed(solution: Solution, joint: Measured, problem: Problem, solver: So
     """Return the solution with what the evaluation that builds the graph says of it."""
     if solver.max_steps == 0:  # nothing was measured before
         dtype = solution.value.dtype
-        solution = solution._replace(residual=joint.relative.to(dtype), absolute_residual=joint.absolute.to(dtype))
+        solution = solution._replace(
+            relative_residual=joint.relative.to(dtype), absolute_residual=joint.absolute.to(dtype)
+        )
         broken = torch.isnan(joint.relative)
         if bool(broken.any()):
             first = solution._replace(num_steps=solution.num_steps + 1)

@@ -235,12 +235,12 @@ class Unrolled(_TiedLayer):
         steps = torch.full((packing.batch_size,), len(residuals), device=residuals.device)
         return Solution(
             value=z,
-            residual=packing.per_problem(residuals[-1, 0]),
+            relative_residual=packing.per_problem(residuals[-1, 0]),
             converged=packing.per_problem(torch.zeros_like(steps, dtype=torch.bool)),
             num_steps=packing.per_problem(steps),
             num_evals=len(residuals),
             result=Result.MAX_STEPS,
-            trace=packing.per_problem(residuals[:, 0]),
+            residual_history=packing.per_problem(residuals[:, 0]),
             absolute_residual=packing.per_problem(residuals[-1, 1]),
             kept=tuple(kept),
         )

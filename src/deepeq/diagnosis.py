@@ -24,24 +24,25 @@ def explain_steps(
         kind: What was searched for; "linear" is the affine fixed point of a backward pass.
         resolution: Relative rounding of the map, where it is coarser than the dtype of the solution.
     """
-    if not len(solution.trace):
+    if not len(solution.residual_history):
         return f"max_steps=0 of {type(solver).__name__} runs no search, so the first state was returned unchanged"
-    worst = int(torch.where(solution.converged, -torch.inf, solution.residual).argmax())
-    residual = float(solution.residual[worst])
+    worst = int(torch.where(solution.converged, -torch.inf, solution.relative_residual).argmax())
+    residual = float(solution.relative_residual[worst])
     reached = (
-        f"the residual of problem {worst} of {len(solution.residual)} (counted from 0) is {residual:.1e} after "
-        f"{int(solution.num_steps[worst])} steps, above its tolerance (rtol={solver.rtol:g}, atol={solver.atol:g})"
+        f"the residual of problem {worst} of {len(solution.relative_residual)} (counted from 0) is {residual:.1e} "
+        f"after {int(solution.num_steps[worst])} steps, above its tolerance (rtol={solver.rtol:g}, "
+        f"atol={solver.atol:g})"
     )
     if kind == "linear":
         other = "" if isinstance(solver, GMRES) else ", or take GMRES()"
         generic = f"raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits){other}"
-        return f"{reached}; {solver.advice(len(solution.trace)) or generic}"
+        return f"{reached}; {solver.advice(len(solution.residual_history)) or generic}"
     return f"{reached}; {_advice(solution, solver, worst, float(first[worst]), kind, resolution)}"
 
 
 def _advice(solution: Solution, solver: Solver, worst: int, first: float, kind: Kind, resolution: float) -> str:
-    history = solution.trace[:, worst]
-    residual, absolute = float(solution.residual[worst]), float(solution.absolute_residual[worst])
+    history = solution.residual_history[:, worst]
+    residual, absolute = float(solution.relative_residual[worst]), float(solution.absolute_residual[worst])
     history = torch.where(torch.isfinite(history), history, torch.inf)
     half = len(history) // 2
     last, least = float(history[-1]), float(history.min())
@@ -53,7 +54,7 @@ def _advice(solution: Solution, solver: Solver, worst: int, first: float, kind: 
     if half and float(history[half:].min()) < 0.5 * float(history[:half].min()):
         falling = "the residual is still falling: raise max_steps, or loosen rtol"
         return f"{falling}; {own}" if own else falling
-    if residual <= max(30 * torch.finfo(solution.residual.dtype).eps, 2 * resolution):
+    if residual <= max(30 * torch.finfo(solution.relative_residual.dtype).eps, 2 * resolution):
         return "the residual is at rounding level: raise rtol (to 1e-2 where f works in 16 bits), or use a wider dtype"
     if kind == "fixed point" and residual > 0.1 and absolute < 1e-3 * first:
         return "the equilibrium seems to be near zero, where a relative residual says little: set atol"
@@ -94,8 +95,8 @@ def explain_nonfinite(solution: Solution, broken: Tensor, name: str, *, at_end: 
 
 def explain_inconsistency(solution: Solution, name: str) -> str:
     """Return why one evaluation at the returned state contradicts the residuals that were measured before."""
-    worst = float(solution.residual.nan_to_num(0.0).max())
-    num_problems = len(solution.residual)
+    worst = float(solution.relative_residual.nan_to_num(0.0).max())
+    num_problems = len(solution.relative_residual)
     causes = f"{name} is random or changes from call to call: fix its random numbers for the whole solve"
     if num_problems > 1:
         causes = (

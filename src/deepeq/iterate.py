@@ -331,7 +331,7 @@ def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution
     dtype = solution.value.dtype
     # One map may take different kernels with gradients and without; of a root, the first residual is no measure of it.
     noise = 0.0 if problem.root else max(30 * torch.finfo(dtype).eps, problem.resolution)
-    claimed, reported = solution.converged, solution.residual
+    claimed, reported = solution.converged, solution.relative_residual
     nonfinite = claimed & ~(joint.total < torch.inf)
     # The distance is more than 1.01 times the tolerance, and the noise besides.
     lost = claimed & ~nonfinite & (1.01 / joint.error + noise / joint.relative < 1.0)
@@ -342,7 +342,7 @@ def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution
         return solution
     differs = lost | (~claimed & (change > 0.1 * reported + noise))
     solution = solution._replace(
-        residual=torch.where(stale | nonfinite, joint.relative.to(dtype), reported),
+        relative_residual=torch.where(stale | nonfinite, joint.relative.to(dtype), reported),
         absolute_residual=torch.where(stale, joint.absolute.to(dtype), solution.absolute_residual),
         converged=torch.zeros_like(claimed) if bool(lost.any()) else claimed & ~nonfinite,
     )

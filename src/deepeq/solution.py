@@ -29,8 +29,9 @@ class Solution(NamedTuple):
 
     value: Any
     """The returned state, with the structure of `z0`; differentiable when gradients are enabled."""
-    residual: Tensor
-    """Relative residual of the returned state: `||f(z) - z|| / ||f(z)||`, or `||g(z)|| / ||g(z0)||` for a root."""
+    relative_residual: Tensor
+    """Relative residual of the returned state: `||f(z) - z|| / ||f(z)||`, or `||g(z)|| / ||g(z0)||` for a root. `rtol`
+    is compared with it."""
     converged: Tensor
     """Whether the returned state meets the tolerances of the solver, bool."""
     num_steps: Tensor
@@ -39,14 +40,19 @@ class Solution(NamedTuple):
     """Calls of `f`, the one that builds the graph for the backward pass included."""
     result: Result
     """Outcome for all problems together."""
-    trace: Tensor
+    residual_history: Tensor
     """Relative residual at each step, `(steps, B)`; a problem that is done keeps its last one."""
     absolute_residual: Tensor
-    """Absolute residual of the returned state: `||f(z) - z||`, or `||g(z)||` for a root; `atol` is compared with it."""
+    """Absolute residual of the returned state: `||f(z) - z||`, or `||g(z)||` for a root. `atol` is compared with it."""
     kept: tuple[Any, ...] = ()
     """States after the steps that `keep` named, or after earlier layers where an `Unrolled` was asked to keep them."""
     message: str = ""
     """What went wrong and what to change, in a sentence; empty where there is nothing to say."""
+
+    @property
+    def residual(self) -> Tensor:
+        """The relative residual, by its short name."""
+        return self.relative_residual
 
 
 class ConvergenceError(RuntimeError):

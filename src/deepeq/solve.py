@@ -140,8 +140,8 @@ def root_find(
 
     A problem has converged when `||g(z)|| <= atol + rtol ||g(z0)||`; neither the units of `g` nor the place of the
     root matter. What rounding errors of `z` leave of `g` also counts as converged. A few evaluations of `g` near
-    `z0`, nearly always one, find a scale and a sign `a`, so that `z + a g(z)` is a sensible map. `Solution.residual` is
-    `||g(z)|| / ||g(z0)||`, `absolute_residual` is `||g(z)||`.
+    `z0`, nearly always one, find a scale and a sign `a`, so that `z + a g(z)` is a sensible map.
+    `Solution.relative_residual` is `||g(z)|| / ||g(z0)||`, and `absolute_residual` is `||g(z)||`.
 
     The default solver is `NewtonKrylov`, to two thirds of the digits of the dtype. Other arguments and errors are those
     of `fixed_point`.
@@ -250,10 +250,10 @@ def _solve(
     solution = solution._replace(
         value=packing.unpack(solution.value),
         num_evals=function.num_calls,
-        residual=per_problem(solution.residual),
+        relative_residual=per_problem(solution.relative_residual),
         converged=per_problem(solution.converged),
         num_steps=per_problem(solution.num_steps),
-        trace=per_problem(solution.trace),
+        residual_history=per_problem(solution.residual_history),
         absolute_residual=per_problem(solution.absolute_residual),
         kept=tuple(packing.unpack(state) for state in solution.kept),
     )

@@ -142,17 +142,20 @@ def _check_positions(state: Any, num_positions: int, name: str) -> None:
 
 def _join(pieces: list[Solution]) -> Solution:
     severity = list(Result)
-    steps = max(len(piece.trace) for piece in pieces)
-    traces = [torch.cat([piece.trace, piece.trace[-1:].expand(steps - len(piece.trace), -1)]) for piece in pieces]
+    steps = max(len(piece.residual_history) for piece in pieces)
+    traces = [
+        torch.cat([piece.residual_history, piece.residual_history[-1:].expand(steps - len(piece.residual_history), -1)])
+        for piece in pieces
+    ]
     return Solution(
         value=pytree.tree_map(lambda *parts: torch.cat(parts, dim=1), *(piece.value for piece in pieces)),
-        residual=torch.stack([piece.residual for piece in pieces]).amax(dim=0),
+        relative_residual=torch.stack([piece.relative_residual for piece in pieces]).amax(dim=0),
         absolute_residual=torch.stack([piece.absolute_residual for piece in pieces]).amax(dim=0),
         converged=torch.stack([piece.converged for piece in pieces]).all(dim=0),
         num_steps=torch.stack([piece.num_steps for piece in pieces]).amax(dim=0),
         num_evals=sum(piece.num_evals for piece in pieces),
         result=max((piece.result for piece in pieces), key=severity.index),
-        trace=torch.stack(traces).amax(dim=0),  # (steps, B)
+        residual_history=torch.stack(traces).amax(dim=0),  # (steps, B)
         kept=tuple(
             pytree.tree_map(lambda *parts: torch.cat(parts, dim=1), *states)
             for states in zip(*(piece.kept for piece in pieces), strict=True)

@@ -100,7 +100,9 @@ def test_all_steps_are_taken_with_data_too(config, piece_len):
     assert step.evaluations == pieces * (STEPS + 1)
     assert len(backward) == pieces
     # Not near their end either, where rounding could bring a residual down to zero.
-    assert all((solution.num_steps == STEPS).all() and (solution.residual > 1e-6).all() for solution in backward)
+    assert all(
+        (solution.num_steps == STEPS).all() and (solution.relative_residual > 1e-6).all() for solution in backward
+    )
 
 
 def test_bytes_are_affine_in_the_batch():

@@ -107,7 +107,7 @@ def test_the_hypergradient_of_ridge_regression_is_that_of_the_closed_form(solve:
     task = Ridge(penalty)
     solution = solve(task, 0, backward)
     assert solution.result is Result.CONVERGED
-    assert solution.residual.shape == (1,)
+    assert solution.relative_residual.shape == (1,)
     expected = task.closed_form()
     for name, part in solution.value.items():
         torch.testing.assert_close(part, expected[name], rtol=1e-9, atol=1e-10)

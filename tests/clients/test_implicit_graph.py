@@ -50,7 +50,7 @@ def test_the_value_is_the_dense_fixed_point_of_all_nodes_together(graph, cell, s
     f, z0 = layer.prepare(graph)
     expected = dense.equilibrium(f, z0)
     assert solution.result is Result.CONVERGED
-    assert solution.residual.shape == (1,)
+    assert solution.relative_residual.shape == (1,)
     torch.testing.assert_close(solution.value, expected, rtol=1e-11, atol=1e-11)
 
 

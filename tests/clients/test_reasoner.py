@@ -73,7 +73,7 @@ def test_all_restarts_of_a_contraction_find_the_dense_equilibrium_and_its_gradie
     solution = layer(x.unsqueeze(1).expand(2, 3, -1, -1), z0=random_state(2, 3))
     assert solution.result is Result.CONVERGED
     assert type(solution.value) is tuple
-    assert solution.residual.shape == solution.converged.shape == (2, 3)
+    assert solution.relative_residual.shape == solution.converged.shape == (2, 3)
     expected = dense.equilibrium(lambda z: tuple(reasoner(z, x)), random_state(2))
     wanted = list(reasoner.parameters())
     gradient = dense.gradients(lambda z: tuple(reasoner(z, x)), expected, loss_of, wanted)
@@ -153,7 +153,7 @@ def test_the_residual_of_each_restart_is_that_of_the_state_that_is_returned(solv
     with torch.no_grad():
         solution = DEQ(cell, solver=solver, batch_dims=2, on_failure="ignore")(x, z0=random_state(4, 6))
     measured = residuals(cell, solution.value, x)
-    torch.testing.assert_close(solution.residual, measured, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(solution.relative_residual, measured, rtol=1e-6, atol=1e-12)
     assert torch.equal(solution.converged, measured <= solver.rtol)
     assert not solution.converged.all()
 
@@ -169,7 +169,7 @@ def test_the_restart_of_least_residual_is_nearest_to_the_equilibrium(reasoner, s
     layer = DEQ(reasoner, solver=solver, batch_dims=2, on_failure="ignore")
     with torch.no_grad():
         solution = layer(x.unsqueeze(1).expand(4, restarts, -1, -1), z0=start)
-    best = solution.residual.argmin(dim=1)
+    best = solution.relative_residual.argmin(dim=1)
     assert torch.equal(best, quality.flatten(1).argmax(dim=1))
     chosen = tuple(part[torch.arange(4), best] for part in solution.value)
     for a, b in zip(chosen, exact, strict=True):

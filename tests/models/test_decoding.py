@@ -195,8 +195,8 @@ def test_solve_starts_from_the_equilibrium_of_the_position_most_alike() -> None:
         layer, x = deepeq.DEQ(cell, solver=EXACT), model.embedding(tokens[:, 6:])
         started, afresh = model.predict(tokens[:, 6:], memory).solution, layer(x, memory=memory)
         from_guess = layer(x, guess, memory)
-        torch.testing.assert_close(started.trace, from_guess.trace, rtol=1e-6, atol=0)
-        assert not torch.allclose(started.trace[0], afresh.trace[0])
+        torch.testing.assert_close(started.residual_history, from_guess.residual_history, rtol=1e-6, atol=0)
+        assert not torch.allclose(started.residual_history[0], afresh.residual_history[0])
         torch.testing.assert_close(started.value, afresh.value)
         assert cell.guess(model.embedding(tokens[:, 5:]), memory) is None
         assert cell.guess(model.embedding(tokens[:, :1]), model.start_memory(1)) is None

@@ -103,8 +103,8 @@ def _residuals(folder: RunFolder) -> tuple[dict[str, Tensor], int]:
     stack = FixedPointIteration(rtol=1e-6, max_steps=_CONVERGENCE_STEPS)
     layer = DEQ(network.cell, solver=solver, on_failure="ignore", verify=False)
     traces = {
-        f"DEQ ({type(solver).__name__})": layer(x, memory=memory).trace,
-        "stacking the cell": layer(x, memory=memory, solver=stack).trace,
+        f"DEQ ({type(solver).__name__})": layer(x, memory=memory).residual_history,
+        "stacking the cell": layer(x, memory=memory, solver=stack).residual_history,
     }
     return traces, x.shape[1]
 

@@ -69,7 +69,7 @@ class Averages:
         """Count the mean steps, the worst residual and the share of unconverged samples of a solve."""
         num_rows = len(solution.num_steps)
         self.add(f"{prefix}_steps", solution.num_steps.double().mean(), num_rows)
-        self.add_max(f"{prefix}_residual", solution.residual.max())
+        self.add_max(f"{prefix}_residual", solution.relative_residual.max())
         self.add(f"{prefix}_unconverged", (~solution.converged).double().mean(), num_rows)
 
     def compute(self) -> dict[str, float]:
