@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deepeq.train.config import load_config
-from deepeq.train.info import describe_model
+from deepeq.train import describe_model, load_config
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 PAPER_SIZE = sorted(FOLDER.glob("*.yaml"))

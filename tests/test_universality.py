@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from deepeq import (
 )
 from deepeq.models import Memory, TrellisCell, TrellisConfig
 from deepeq.universality import StackedCell, WeightTiedCell, stack, weight_tied
-from tests.test_subsequences import ADJOINT, deq, draw, loss_of, make_transformer
+from tests.test_pieces import ADJOINT, deq, draw, loss_of, make_transformer
 
 
 class TanhCell(nn.Module):
@@ -210,7 +211,7 @@ def test_rules_are_those_of_the_second_layer_unless_given() -> None:
     deq1 = DEQ(TanhCell(4), solver=Anderson(), adjoint=BackpropAdjoint(), throw=True)
     deq2 = DEQ(TanhCell(4), solver=Broyden(rtol=1e-5), adjoint=ADJOINT)
     one = stack(deq1, deq2)
-    assert (one.solver, one.adjoint, one.on_failure) == (deq2.solver, deq2.adjoint, "raise")
+    assert one.how == replace(deq2.how, on_failure="raise")
     given = stack(deq1, deq2, solver=FixedPointIteration(max_steps=2), adjoint=BackpropAdjoint())
     assert (given.solver, given.adjoint) == (FixedPointIteration(max_steps=2), BackpropAdjoint())
     with pytest.raises(ConvergenceError):
@@ -263,7 +264,7 @@ def test_weight_tied_network_equals_the_feed_forward_network(
     assert_same(value, torch.cat(features(network, x), dim=-1), rtol=1e-12)
     output = layer.cell.output(value)
     assert_same(output, network(x), rtol=1e-12)
-    assert layer.depth == sum(isinstance(module, nn.Linear) for module in network)
+    assert layer.how.depth == sum(isinstance(module, nn.Linear) for module in network)
     expected = torch.autograd.grad(loss_of(network(x)), leaves)
     assert_same(torch.autograd.grad(loss_of(output), leaves), expected, rtol=1e-10)
 

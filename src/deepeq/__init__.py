@@ -1,7 +1,9 @@
 """Deep equilibrium models: equilibria `z* = f(z*, x)` as layers, with exact gradients and the memory of one layer."""
 
 from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, NeumannAdjoint, PhantomAdjoint
-from deepeq.deq import DEQ, Unrolled
+from deepeq.cell import Cell
+from deepeq.deq import Equilibrium, Pieces, Stack
+from deepeq.layers import DEQ, Subsequences, Unrolled
 from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
 from deepeq.solve import fixed_point, root_find
 from deepeq.solvers import (
@@ -14,8 +16,6 @@ from deepeq.solvers import (
     Solver,
 )
 from deepeq.stability import error_bound, jacobian_penalty, smallest_singular_value, spectral_radius
-from deepeq.subsequences import Subsequences
-from deepeq.universality import stack, weight_tied
 
 __version__ = "0.1.0"
 
@@ -26,17 +26,21 @@ __all__ = [
     "Anderson",
     "BackpropAdjoint",
     "Broyden",
+    "Cell",
     "ConjugateGradient",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Equilibrium",
     "FixedPointIteration",
     "ImplicitAdjoint",
     "NeumannAdjoint",
     "NewtonKrylov",
     "PhantomAdjoint",
+    "Pieces",
     "Result",
     "Solution",
     "Solver",
+    "Stack",
     "Subsequences",
     "Unrolled",
     "error_bound",
@@ -45,6 +49,4 @@ __all__ = [
     "root_find",
     "smallest_singular_value",
     "spectral_radius",
-    "stack",
-    "weight_tied",
 ]

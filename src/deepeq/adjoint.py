@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as recompute
 
+from deepeq.checks import check_choice, check_count
 from deepeq.diagnosis import explain_nonfinite
-from deepeq.implicit import Equilibrium, LinearSolve, Rule
+from deepeq.implicit import ImplicitFunction, LinearSolve, Rule
 from deepeq.iterate import Measured, Measures, OnStep, Problem, in_current_modes, iterate, reconcile
 from deepeq.packing import Map, Packing
-from deepeq.scaling import power_of_two
+from deepeq.scaling import unit_of_gradients
 from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
 from deepeq.solvers import GMRES, Solver
 
@@ -95,7 +96,7 @@ class ImplicitAdjoint(Adjoint):
     ) -> Tensor:
         # The equation is linear: solved for v of size one, it does not lose small or large gradients to the range of
         # float32, and its tolerances do not depend on the scale of the loss.
-        unit = _unit_of_gradients(product, v, z, () if solver.needs_symmetry else sizes)
+        unit = unit_of_gradients(product, v, z, () if solver.needs_symmetry else sizes)
         v = v / unit
         relative = unit / unit.amax() if unit.numel() else unit  # linear: one common factor changes nothing
         norm = Packing.norm_of_parts(sizes)
@@ -136,7 +137,7 @@ class NeumannAdjoint(Adjoint):
     """Terms of the series, `v` included."""
 
     def __post_init__(self) -> None:
-        _check_positive("terms", self.terms, self)
+        check_count("terms", self.terms, least=1, owner=self)
 
     def solve(
         self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
@@ -181,7 +182,7 @@ class PhantomAdjoint(Adjoint):
     """The value: the solver's equilibrium, or the last differentiated iterate."""
 
     def __post_init__(self) -> None:
-        _check_positive("steps", self.steps, self)
+        check_count("steps", self.steps, least=1, owner=self)
         if not 0.0 <= self.damping < 1.0:
             raise ValueError(f"damping={self.damping!r} of PhantomAdjoint must lie in [0, 1); 0 means none")
         if self.returns not in ("equilibrium", "last"):
@@ -209,7 +210,7 @@ class PhantomAdjoint(Adjoint):
                 message = "the steps of PhantomAdjoint overflow, and so does its gradient: take fewer steps, or damping"
                 solution = solution._replace(message=message)
             # The phantom steps give the gradient alone: the value, and with it the residual, is the solver's.
-            return _with_kept_states(problem, solution, Equilibrium.apply(z, solution.value, Rule(None)))
+            return _with_kept_states(problem, solution, ImplicitFunction.apply(z, solution.value, Rule(None)))
         relative, absolute = joint.relative.to(z.dtype), joint.absolute.to(z.dtype)
         solution = solution._replace(
             relative_residual=relative, absolute_residual=absolute, converged=torch.zeros_like(solution.converged)
@@ -238,12 +239,6 @@ class BackpropAdjoint(Adjoint):
         solution = iterate(problem, solver, tracked(z0), keep=keep, on_step=on_step)
         kept = tuple(z if fz is None else fz for z, fz in solution.kept)
         return solution._replace(value=solution.value.clone(), kept=kept)
-
-
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ValueError unless `value` is one of the strings of a Literal."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(choices)))}")
 
 
 def report(message: str, solution: Solution, on_failure: OnFailure) -> None:
@@ -357,45 +352,9 @@ def _attach(
     solution = _confirmed(solution, measures(fz, measured), problem, solver)
     rule = Rule(adjoint_solve, in_current_modes(problem.__call__, z.device.type) if checkpoint else None)
     if not twice:
-        return _with_kept_states(problem, solution, Equilibrium.apply(fz, z, rule))
+        return _with_kept_states(problem, solution, ImplicitFunction.apply(fz, z, rule))
     # The first value has right first derivatives only. Evaluating f there connects z* to its own dependence on the
     # parameters, and the second node's gradient, (u, v - u), then has right derivatives itself.
-    first = Equilibrium.apply(fz, z, Rule(adjoint_solve, linear=True))
-    value = Equilibrium.apply(problem(first), first, Rule(adjoint_solve, connected=True))
+    first = ImplicitFunction.apply(fz, z, Rule(adjoint_solve, linear=True))
+    value = ImplicitFunction.apply(problem(first), first, Rule(adjoint_solve, connected=True))
     return _with_kept_states(problem, solution._replace(num_evals=solution.num_evals + 1), value)
-
-
-def _unit_of_gradients(product: Map, v: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return powers of two that bring `u` near one, `(B, 1)`, or `(B, N)` for states of several parts.
-
-    A part without a loss of its own gets the unit of the largest. Where the parts of `z` lie far apart, the gradient
-    with respect to the large one is small and matters as much: its size is then seen in `J^T v`, for one product.
-    """
-    if not v.numel():
-        return v.new_ones(len(v), 1)
-    if len(sizes) < 2:
-        return power_of_two(v.abs().amax(dim=1, keepdim=True))
-    state, seen = _largest_of_parts(z, sizes), _largest_of_parts(v, sizes)  # (B, P)
-    largest = seen.amax(dim=1, keepdim=True)
-    unit = torch.where(seen > 0, seen, largest)
-    state = torch.where(state > 0, state, state.amax(dim=1, keepdim=True))
-    apart = state.amax(dim=1, keepdim=True) > 1e6 * state.amin(dim=1, keepdim=True)
-    if bool(apart.any()):
-        seen = torch.maximum(seen, _largest_of_parts(product(v), sizes))
-        # Parts without a gradient get the size that the sizes of the state suggest, with a margin.
-        expected = 1e-3 * state.amin(dim=1, keepdim=True) / state * seen.amax(dim=1, keepdim=True)
-        unit = torch.where(apart, torch.maximum(seen, expected), unit)
-    unit = power_of_two(unit)
-    if not bool((unit != unit[:, :1]).any()):
-        return unit[:, :1]
-    columns = zip(unit.split(1, dim=1), (size for size in sizes if size), strict=True)
-    return torch.cat([column.expand(-1, size) for column, size in columns], dim=1)
-
-
-def _largest_of_parts(z: Tensor, sizes: Sequence[int]) -> Tensor:
-    return torch.stack([part.abs().amax(dim=1) for part in z.split(list(sizes), dim=1) if part.shape[1]], dim=1)
-
-
-def _check_positive(name: str, value: int, owner: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} of {type(owner).__name__} must be a whole number >= 1")

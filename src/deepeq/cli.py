@@ -1,38 +1,43 @@
 """The command `deepeq`: parses, builds, calls. Results go to stdout as JSON or text, messages to stderr."""
 
 import json
-import subprocess
 import sys
-from argparse import REMAINDER
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from torch import Tensor
 
 from deepeq import __version__
-from deepeq.data import Vocabulary
-from deepeq.data.download import prepare_corpus
-from deepeq.data.published import PUBLISHED
-from deepeq.data.vocabulary import UNKNOWN
+from deepeq.data import PUBLISHED, Tokenizer, prepare_corpus
+from deepeq.models import generate
 from deepeq.solution import ConvergenceError
-from deepeq.train import Interrupted, TrainingError, generate, plot_run, train
-from deepeq.train.config import add_run_arguments, condensed, run_config
-from deepeq.train.display import preparation
-from deepeq.train.evaluate_run import EvaluationOptions, evaluate_run
-from deepeq.train.hub import export_run, open_model
-from deepeq.train.info import describe_model
+from deepeq.train import (
+    EvaluationOptions,
+    Interrupted,
+    TrainingError,
+    describe_model,
+    evaluate_run,
+    export,
+    open_model,
+    plot_run,
+    run_config,
+    train,
+)
+from deepeq.train.logging import preparation
+from deepeq.train.recipe import add_run_arguments, short_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 130 for Ctrl-C."""
-    parser = _parser()
+    """Run a command; return the exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 130 for Ctrl-C."""
+    parser = command_parser()
     try:
         parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
-        return _COMMANDS[parsed.subcommand](parsed[parsed.subcommand]) or 0
+        _COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
+        return 0
     except (TrainingError, ConvergenceError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         return _fail(1, error)
     except (ValueError, OSError) as error:
@@ -44,87 +49,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, message: object) -> int:
-    print(f"deepeq: {' '.join(condensed(str(message)).splitlines())}", file=sys.stderr)
+    print(f"deepeq: {short_error(str(message))}", file=sys.stderr)
     return code
 
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(condensed(message), ex)
+        super().error(short_error(message), ex)
 
 
-def _parser() -> ArgumentParser:
+@cache
+def command_parser() -> ArgumentParser:
+    """Return the parser of the command `deepeq`; building it takes longer than parsing."""
     parser = _Parser(prog="deepeq", description="Deep equilibrium models.", version=__version__)
     commands = parser.add_subcommands(dest="subcommand")
-
-    training = _Parser(
-        description="Train a language model; the last line of stdout is its result as JSON.",
-        usage="deepeq train --config RECIPE [--FIELD VALUE ...]    (deepeq train --help lists the fields)",
-    )
-    add_run_arguments(training)
-    training.add_argument(
-        "--resume",
-        choices=("no", "yes", "auto"),
-        default="no",
-        help="whether to go on from the newest checkpoint in --run.dir; auto: if there is one",
-    )
-    commands.add_subcommand("train", training, help="train a language model from a recipe")
-
-    evaluation = _run_parser("Evaluate the best checkpoint of a run, or an exported model; prints JSON.")
-    evaluation.add_class_arguments(EvaluationOptions)
-    commands.add_subcommand("eval", evaluation, help="evaluate a run")
-
-    generation = _run_parser("Continue a prompt, printed as it is sampled, or several, printed as lines of JSON.")
-    generation.add_argument("--prompt", type=str, nargs="+", action="extend", default=[], help="texts to continue")
-    generation.add_argument("--prompts_file", type=str, help="file with a text to continue in each line")
-    generation.add_argument("--num_tokens", type=int, default=300, help="tokens to sample for each")
-    generation.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    generation.add_argument("--top_k", type=int, default=0, help="sample among so many of the likeliest; 0 for all")
-    generation.add_argument(
-        "--top_p", type=float, default=1.0, help="sample among the fewest likeliest of this probability together"
-    )
-    generation.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    generation.add_argument(
-        "--memory_len",
-        type=int,
-        help="positions to look back (default: as in evaluation; 0: solve for the last segment anew at each token)",
-    )
-    commands.add_subcommand("generate", generation, help="continue a text")
-
-    information = _Parser(
-        description="Sizes and costs of the model of a recipe, without allocating it; prints JSON.",
-        usage="deepeq info --config RECIPE [--FIELD VALUE ...]",
-    )
-    add_run_arguments(information)
-    information.add_argument("--vocab_size", type=int, help="number of tokens (default: that of the corpus)")
-    commands.add_subcommand("info", information, help="sizes and costs of a model")
-
-    data = _Parser(description="Download a published corpus if it is not at hand, and prepare it; prints JSON.")
-    data.add_argument("name", choices=tuple(PUBLISHED), help="corpus")
-    data.add_argument("--dir", type=str, required=True, help="folder of the text and of what is made of it")
-    data.add_argument("--download", type=bool, default=True, help="whether to download what is missing")
-    commands.add_subcommand("data", data, help="prepare a corpus")
-
-    export = _run_parser("Write a model that `PretrainedModel.from_pretrained` reads; prints JSON.")
-    export.add_argument("--out", type=str, required=True, help="folder for the model, its card and its vocabulary")
-    export.add_argument("--push", type=str, help="repository on the Hugging Face hub to upload it to (user/name)")
-    commands.add_subcommand("export", export, help="give a model away")
-
-    bench = _Parser(
-        description="Run a benchmark of the source checkout; exits as it does.",
-        usage="deepeq bench NAME --out DIR [ARGUMENT ...]    (deepeq bench NAME --help lists the arguments)",
-    )
-    bench.add_argument("name", type=str, help="script of the folder benchmarks/, without .py")
-    bench.add_argument("arguments", type=list[str], nargs=REMAINDER, help="what the script gets: --out DIR and more")
-    commands.add_subcommand("bench", bench, help="run a benchmark")
-
-    commands.add_subcommand("plot", _run_parser("Draw the figures of a run; prints their paths."), help="draw figures")
+    for name, (build, help_text) in _SUBCOMMANDS.items():
+        commands.add_subcommand(name, build(), help=help_text)
     return parser
 
 
-def _run_parser(description: str) -> ArgumentParser:
+def _train_parser() -> ArgumentParser:
+    parser = _Parser(
+        description="Train a language model; the last line of stdout is its result as JSON.",
+        usage="deepeq train --config RECIPE [--FIELD VALUE ...]    (deepeq train --help lists the fields)",
+    )
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        choices=("no", "yes", "auto"),
+        default="no",
+        help="whether to continue from the newest checkpoint in --run.dir; auto: if there is one",
+    )
+    return parser
+
+
+def _eval_parser() -> ArgumentParser:
+    parser = _model_parser("Evaluate the best model of a run, or an exported model; print JSON.")
+    parser.add_class_arguments(EvaluationOptions)
+    return parser
+
+
+def _generate_parser() -> ArgumentParser:
+    parser = _model_parser("Continue one prompt, printed as it is sampled, or several, printed as lines of JSON.")
+    parser.add_argument("--prompt", type=str, nargs="+", action="extend", default=[], help="texts to continue")
+    parser.add_argument("--prompts_file", type=str, help="file with one text to continue in each line")
+    parser.add_argument("--num_tokens", type=int, default=300, help="number of tokens to sample for each prompt")
+    parser.add_argument("--temperature", type=float, default=0.8, help="divisor of the logits; 0: the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="number of likeliest tokens to sample among; 0 for all")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="probability that the tokens to sample among have together"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument(
+        "--memory_len",
+        type=int,
+        help="positions to look back (default: as in evaluation; 0: solve for the last segment again at each token)",
+    )
+    return parser
+
+
+def _info_parser() -> ArgumentParser:
+    parser = _Parser(
+        description="Print sizes and costs of the model of a recipe as JSON, without allocating it.",
+        usage="deepeq info --config RECIPE [--FIELD VALUE ...]",
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--vocab_size", type=int, help="number of tokens (default: that of the corpus)")
+    return parser
+
+
+def _data_parser() -> ArgumentParser:
+    parser = _Parser(description="Download a published corpus if it is not at hand, and prepare it; print JSON.")
+    parser.add_argument("name", choices=tuple(PUBLISHED), help="corpus")
+    parser.add_argument("--dir", type=str, required=True, help="folder of the text and of the prepared corpus")
+    parser.add_argument("--download", type=bool, default=True, help="whether to download what is missing")
+    return parser
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _model_parser("Copy the model folder of a run, which `PretrainedModel.from_pretrained` reads; print JSON.")
+    parser.add_argument("--out", type=str, required=True, help="folder for the model, its tokenizer and its card")
+    parser.add_argument("--push", type=str, help="repository on the Hugging Face hub to upload it to (user/name)")
+    return parser
+
+
+def _plot_parser() -> ArgumentParser:
+    return _model_parser("Draw the figures of a run; print their paths.")
+
+
+def _model_parser(description: str) -> ArgumentParser:
     parser = _Parser(description=description)
-    parser.add_argument("--run", type=str, required=True, help="the run folder")
+    parser.add_argument("--run", type=str, required=True, help="a run folder, a model folder, or a name on the hub")
     return parser
 
 
@@ -136,77 +151,55 @@ def _train(arguments: Namespace) -> None:
 
 def _eval(arguments: Namespace) -> None:
     options = EvaluationOptions(**{part.name: arguments[part.name] for part in fields(EvaluationOptions)})
-    print(json.dumps(evaluate_run(Path(arguments.run), options)))
+    print(json.dumps(evaluate_run(arguments.run, options)))
 
 
 def _generate(arguments: Namespace) -> None:
-    config, vocabulary, model = open_model(Path(arguments.run))
-    if vocabulary is None:
-        raise ValueError(f"{arguments.run} was trained on {config.level}s, which are no text to continue")
+    trained = open_model(arguments.run)
+    tokenizer = trained.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{arguments.run} was trained on symbols, which are not text to continue")
     prompts = [*arguments.prompt, *_lines(arguments.prompts_file)]
-    encoded = [vocabulary.encode(prompt) for prompt in prompts]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
     tokens = generate(
-        model,
+        trained.model,
         encoded,
+        how=trained.how,
         num_tokens=arguments.num_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
-        segment_len=config.segment_len,
+        segment_len=trained.config.train.segment_len,
         memory_len=arguments.memory_len,
         seed=arguments.seed,
     )
-    _report_unknown(vocabulary, encoded)
+    _report_unknown(tokenizer, torch.cat(encoded))
     if len(prompts) == 1 and arguments.prompts_file is None:
-        _print_text(vocabulary, prompts[0], (token for (token,) in tokens))
+        print(prompts[0], end="", flush=True)
+        for piece in tokenizer.decode_stream(prompts[0], (token for (token,) in tokens)):
+            print(piece, end="", flush=True)
+        print()
         return
     for prompt, *continuation in zip(prompts, *tokens, strict=True):
-        print(json.dumps({"prompt": prompt, "continuation": vocabulary.decode(continuation)}))
+        print(json.dumps({"prompt": prompt, "continuation": tokenizer.decode(continuation)}))
 
 
 def _lines(file: str | None) -> list[str]:
-    """The lines of a file that are not blank."""
+    """Return the lines of a file that are not blank."""
     try:
         lines = [] if file is None else Path(file).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     return [line for line in lines if line.strip()]
 
 
-def _report_unknown(vocabulary: Vocabulary, prompts: Sequence[Tensor]) -> None:
-    ids = torch.cat(list(prompts))
-    count = int((ids == vocabulary.tokens.index(UNKNOWN)).sum())
+def _report_unknown(tokenizer: Tokenizer, ids: torch.Tensor) -> None:
+    count = 0 if tokenizer.unknown is None else int((ids == tokenizer.unknown).sum())
     if count:
-        level = vocabulary.level
         print(
-            f"deepeq: {count} of {len(ids)} {level}s are unknown to the model, which reads {UNKNOWN}", file=sys.stderr
+            f"deepeq: {count} of {len(ids)} {tokenizer.unit}s are unknown to the model, which reads <unk>",
+            file=sys.stderr,
         )
-
-
-def _print_text(vocabulary: Vocabulary, prompt: str, tokens: Iterable[int]) -> None:
-    print(prompt, end="", flush=True)
-    after = prompt
-    for token in tokens:
-        text = vocabulary.decode([token])
-        glue = vocabulary.level == "word" and not after.endswith("\n") and not text.startswith("\n")
-        print(" " * glue + text, end="", flush=True)
-        after = text
-    print()
-
-
-def _bench(arguments: Namespace) -> int:
-    folder = Path(__file__).parents[2] / "benchmarks"
-    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
-    name = arguments.name.replace("-", "_")
-    if not names:
-        raise ValueError(f"there is no folder {folder}: benchmarks need a checkout of the source, installed with -e")
-    if name not in names:
-        raise ValueError(f"{arguments.name!r} is no benchmark; there are {', '.join(names)}")
-    return subprocess.run([sys.executable, folder / f"{name}.py", *arguments.arguments], check=False).returncode
-
-
-def _export(arguments: Namespace) -> None:
-    print(json.dumps(export_run(arguments.run, arguments.out, repository=arguments.push)))
 
 
 def _info(arguments: Namespace) -> None:
@@ -219,18 +212,30 @@ def _data(arguments: Namespace) -> None:
     print(json.dumps(summary))
 
 
+def _export(arguments: Namespace) -> None:
+    print(json.dumps(export(arguments.run, arguments.out, repository=arguments.push)))
+
+
 def _plot(arguments: Namespace) -> None:
     for path in plot_run(Path(arguments.run)):
         print(path)
 
 
+_SUBCOMMANDS = {
+    "train": (_train_parser, "train a language model from a recipe"),
+    "eval": (_eval_parser, "evaluate a model"),
+    "generate": (_generate_parser, "continue a text"),
+    "info": (_info_parser, "sizes and costs of a model"),
+    "data": (_data_parser, "prepare a corpus"),
+    "export": (_export_parser, "copy a model out of its run"),
+    "plot": (_plot_parser, "draw figures"),
+}
 _COMMANDS = {
-    "data": _data,
     "train": _train,
     "eval": _eval,
     "generate": _generate,
     "info": _info,
+    "data": _data,
     "export": _export,
-    "bench": _bench,
     "plot": _plot,
 }

@@ -1,234 +1,151 @@
-"""`DEQ` and `Unrolled`: one cell as an equilibrium, or as a stack of tied layers."""
+"""How to solve for the state of a cell: `Equilibrium`, `Stack` and `Pieces`.
+
+A way to solve is a frozen value, called as `how(cell, x, z0, memory) -> Solution`. It is an argument of every call and
+never a state of the cell, so that training, evaluation and a benchmark can each solve the same cell their own way.
+"""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from deepeq.adjoint import Adjoint, OnFailure, check_choice, tracked
+from deepeq.adjoint import Adjoint, ImplicitAdjoint, OnFailure, tracked
+from deepeq.cell import method, prepare, require
+from deepeq.checks import check_choice, check_count
 from deepeq.norms import ratio, safe_two_norm
 from deepeq.packing import Norm, NormName, Packing
 from deepeq.solution import Result, Solution
-from deepeq.solve import Nonfinite, check_rules, fixed_point, without_compiling
-from deepeq.solvers import Solver
+from deepeq.solve import Nonfinite, check_rules, fixed_point
+from deepeq.solvers import Broyden, Solver
+
+Callback = Callable[[int, Any, Tensor], None]
 
 
-@runtime_checkable
-class InjectingCell(Protocol):
-    """A cell that prepares what does not depend on `z` once per solve."""
+@dataclass(frozen=True, kw_only=True)
+class Equilibrium:
+    """Solve for the equilibrium `z* = cell(z*, injection)` (Bai et al. 2019, eq. 2), with gradients of an adjoint.
 
-    def inject(self, x: Any, memory: Any = None) -> Any:
-        """All that `cell(z, injection)` needs besides `z`: projections, positions, masks, normalized weights."""
-        ...
-
-
-class _TiedLayer(nn.Module, ABC):
-    """What `DEQ` and `Unrolled` share: a cell, its injection and its first state."""
-
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        if not isinstance(cell, nn.Module):
-            raise TypeError(f"cell must be a torch.nn.Module called as cell(z, injection), got {type(cell).__name__}")
-        self.cell = cell
-
-    def prepare(
-        self, x: Any, z0: Any = None, memory: Any = None, *, weights: Any = None
-    ) -> tuple[Callable[[Any], Any], Any]:
-        """The map `f(z) = cell(z, injection)` of one solve, and its first state.
-
-        `weights`, if given, are those of a cell whose `inject(x, memory, weights)` takes them.
-
-        Raises:
-            ValueError: memory is given to a cell that takes none.
-        """
-        if isinstance(self.cell, InjectingCell):
-            shared = () if weights is None else (weights,)
-            injection = self.cell.inject(x, memory, *shared)
-        elif memory is None:
-            injection = x
-        else:
-            raise ValueError(f"memory was given, but {type(self.cell).__name__} has no inject(x, memory) to take it")
-        if z0 is None:
-            z0 = getattr(self.cell, "initial_state", _zeros_like)(x)
-        return lambda z: self.cell(z, injection), z0
-
-    @abstractmethod
-    def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
-        """Return the Solution of the layer for a map of `prepare`."""
-
-
-class DEQ(_TiedLayer):
-    """A layer whose output is the equilibrium `z* = cell(z*, x)` (Bai et al. 2019, eq. 2).
-
-    Called as `layer(x, z0=None, memory=None) -> Solution`. A cell is any module called as `cell(z, injection)`. If it
-    has `inject(x, memory)`, that runs once per solve; otherwise the injection is `x` itself. The first state is the
-    cell's `initial_state(x)` if it has one, else zeros of the shape of `x`. Gradients reach `x`, `memory` and the
-    cell's parameters.
-
-    Args:
-        cell: The map, pure in `z` for a given injection.
-        solver: Forward solver; default `Broyden()`.
-        adjoint: How gradients are computed; default `ImplicitAdjoint()`.
-        batch_dims: Number of leading dimensions of the state that index independent problems; 0 for one coupled state.
-        norm: What is compared with the tolerances, as in `fixed_point`.
-        on_failure: What happens when a problem misses its tolerance: `"ignore"`, `"warn"` or `"raise"`.
-        nonfinite: What happens when a value is not finite: `"raise"` or `"keep"`, as in `fixed_point`.
-        verify: Check that the problems do not depend on each other, as in `fixed_point`.
-        throw: Older spelling of `on_failure="raise"`.
+    Raises:
+        TypeError: `solver` is not a `Solver`, or `adjoint` not an `Adjoint`.
+        ValueError: Another field has a value that is not allowed.
     """
 
-    def __init__(
+    solver: Solver = field(default_factory=Broyden)
+    """Forward solver."""
+    adjoint: Adjoint = field(default_factory=ImplicitAdjoint)
+    """How gradients are computed."""
+    batch_dims: int = 1
+    """Number of leading dimensions of the state that index independent problems; 0 for one coupled state."""
+    norm: Norm = "parts"
+    """What is compared with the tolerances, as in `fixed_point`."""
+    on_failure: OnFailure = "warn"
+    """What happens when a problem misses its tolerance: `"ignore"`, `"warn"` or `"raise"`."""
+    nonfinite: Nonfinite = "raise"
+    """What happens when a value is not finite: `"raise"` or `"keep"`, as in `fixed_point`."""
+    verify: bool = True
+    """Check that the problems do not depend on each other, as in `fixed_point`."""
+
+    def __post_init__(self) -> None:
+        check_rules(self.solver, self.adjoint)
+        check_choice("on_failure", self.on_failure, OnFailure)
+        check_choice("nonfinite", self.nonfinite, Nonfinite)
+        if not callable(self.norm):
+            check_choice("norm", self.norm, NormName)
+        check_count("batch_dims", self.batch_dims, least=0, owner=self)
+
+    def __call__(
         self,
         cell: nn.Module,
-        *,
-        solver: Solver | None = None,
-        adjoint: Adjoint | None = None,
-        batch_dims: int = 1,
-        norm: Norm = "parts",
-        on_failure: OnFailure = "warn",
-        nonfinite: Nonfinite = "raise",
-        verify: bool = True,
-        throw: bool = False,
-    ) -> None:
-        super().__init__(cell)
-        self.solver, self.adjoint = check_rules(solver, adjoint)
-        self.batch_dims, self.norm, self.verify = batch_dims, norm, verify
-        self.on_failure: OnFailure = "raise" if throw else on_failure
-        self.nonfinite: Nonfinite = nonfinite
-        check_choice("on_failure", self.on_failure, OnFailure)
-        check_choice("nonfinite", nonfinite, Nonfinite)
-        if not callable(norm):
-            check_choice("norm", norm, NormName)
-        if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 0:
-            raise ValueError(f"batch_dims={batch_dims!r} of DEQ must be a whole number >= 0")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that make another layer like this one."""
-        names = ("solver", "adjoint", "batch_dims", "norm", "on_failure", "nonfinite", "verify")
-        return {name: getattr(self, name) for name in names}
-
-    @without_compiling
-    def forward(
-        self,
         x: Any,
         z0: Any = None,
         memory: Any = None,
         *,
-        solver: Solver | None = None,
-        adjoint: Adjoint | None = None,
         segments: Tensor | None = None,
         keep: Sequence[int] = (),
-        callback: Callable[[int, Any, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Solution:
-        """Return the equilibrium; a solver or an adjoint given here stands in for the layer's own in this call.
+        """Return the equilibrium of a cell.
 
         Args:
+            cell: A `Cell`, or a plain module called as `cell(z, x)`.
             x: The input.
             z0: First state; default that of the cell.
             memory: What the cell's `inject` takes besides the input.
-            solver: Forward solver of this call.
-            adjoint: Gradients of this call.
             segments: Problem of each row of the state, as in `fixed_point`.
             keep: Steps whose states are returned too, as in `fixed_point`.
             callback: Observer of each step, as in `fixed_point`.
         """
-        f, z0 = self.prepare(x, z0, memory)
-        return self.solve(f, z0, solver=solver, adjoint=adjoint, segments=segments, keep=keep, callback=callback)
+        f, z0 = prepare(cell, x, z0, memory)
+        return self.solve(f, z0, segments=segments, keep=keep, callback=callback)
 
     def solve(
         self,
         f: Callable[[Any], Any],
         z0: Any,
         *,
-        solver: Solver | None = None,
-        adjoint: Adjoint | None = None,
         segments: Tensor | None = None,
         keep: Sequence[int] = (),
-        callback: Callable[[int, Any, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Solution:
-        options = self.options
-        options |= {name: rule for name, rule in (("solver", solver), ("adjoint", adjoint)) if rule is not None}
-        return fixed_point(f, z0, segments=segments, keep=keep, callback=callback, **options)
-
-    def extra_repr(self) -> str:
-        return f"solver={self.solver}, adjoint={self.adjoint}"
+        """Return the equilibrium of the map that `prepare` returned for a cell; arguments as in `__call__`."""
+        return fixed_point(f, z0, segments=segments, keep=keep, callback=callback, **vars(self))
 
 
-class Unrolled(_TiedLayer):
-    """The explicit stack of `depth` tied layers, `z <- cell(z, x)`, with ordinary backpropagation (eq. 3).
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Apply `no_grad_depth + depth` tied layers `z <- cell(z, injection)`, with ordinary backpropagation (eq. 3).
 
-    Called like `DEQ`: the baseline, the warm-up network and the gradient oracle are one object away. Its Solution does
-    not claim an equilibrium: the residuals are those of the state before the last layer, and nothing is `converged`.
-
-    Args:
-        cell: The map, as in `DEQ`.
-        depth: Number of layers that gradients pass through.
-        no_grad_depth: Number of layers before them, which run without a graph (truncated backpropagation).
-        checkpoint: Keep only about `sqrt(depth)` states between forward and backward, and compute the layers between
-            them twice (Chen et al. 2016, Training deep nets with sublinear memory cost).
-        batch_dims: Number of leading dimensions of the state that index the problems of the residuals; 0 for one.
-        keep_every: Return the state after every `keep_every`-th of the `depth` layers, except the last, in
-            `Solution.kept`, for auxiliary losses; 0 for none.
+    The Solution does not claim an equilibrium: its residuals are those of the state before the last layer, and no
+    problem is `converged`.
 
     Raises:
-        ValueError: `depth` is not a whole number >= 1, or `no_grad_depth` or `keep_every` not one >= 0.
+        ValueError: A count is not a whole number, or is too small.
     """
 
-    def __init__(
-        self,
-        cell: nn.Module,
-        depth: int,
-        *,
-        no_grad_depth: int = 0,
-        checkpoint: bool = False,
-        keep_every: int = 0,
-        batch_dims: int = 1,
-    ) -> None:
-        super().__init__(cell)
-        self.batch_dims = batch_dims
-        counts = (("depth", depth, 1), ("no_grad_depth", no_grad_depth, 0), ("keep_every", keep_every, 0))
-        for name, value, least in counts:
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} of Unrolled must be a whole number >= {least}")
-        self.depth, self.no_grad_depth = depth, no_grad_depth
-        self.checkpoint, self.keep_every = checkpoint, keep_every
+    depth: int
+    """Number of layers that gradients pass through."""
+    no_grad_depth: int = 0
+    """Number of layers before them, which run without a graph (truncated backpropagation)."""
+    checkpoint: bool = False
+    """Keep only about `sqrt(depth)` states between forward and backward, and compute the layers between them twice
+    (Chen et al. 2016, Training deep nets with sublinear memory cost)."""
+    keep_every: int = 0
+    """Return the state after every `keep_every`-th of the `depth` layers, except the last, in `Solution.kept`, for
+    auxiliary losses; 0 for none."""
+    batch_dims: int = 1
+    """Number of leading dimensions of the state that index the problems of the residuals; 0 for one."""
 
-    def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
-        return self.solve(*self.prepare(x, z0, memory))
+    def __post_init__(self) -> None:
+        check_count("depth", self.depth, least=1, owner=self)
+        for name in ("no_grad_depth", "keep_every", "batch_dims"):
+            check_count(name, getattr(self, name), least=0, owner=self)
+
+    def __call__(self, cell: nn.Module, x: Any, z0: Any = None, memory: Any = None) -> Solution:
+        """Return the state after the last layer; arguments as in `Equilibrium`."""
+        return self.solve(*prepare(cell, x, z0, memory))
 
     def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
+        """Return the state after the last application of the map that `prepare` returned for a cell."""
         packing = Packing(z0, self.batch_dims)
-
-        def layers(z: Any, first: int, last: int) -> tuple[Any, list[Any], Tensor]:
-            kept, residuals = [], []
-            for layer in range(first + 1, last + 1):
-                z, z_before = f(z), z
-                with torch.no_grad():
-                    residuals.append(_residuals(packing.pack(z_before, "z0"), packing.pack(z, "the cell")))
-                if self.keep_every and layer % self.keep_every == 0 and 0 < layer < self.depth:
-                    kept.append(z)
-            return z, kept, torch.stack(residuals)
-
         z, kept, history = z0, [], []
         if self.no_grad_depth:
             with torch.no_grad():
-                z, _, residuals = layers(z, -self.no_grad_depth, 0)
+                z, _, residuals = self._layers(f, packing, z, -self.no_grad_depth, 0)
             history.append(residuals)
         # An f that hides its parameters from autograd gets gradients only where its argument asks for one.
         z = pytree.tree_map_only(Tensor, tracked, z)
         stride = math.isqrt(self.depth - 1) + 1 if self.checkpoint else self.depth
         for first in range(0, self.depth, stride):
-            arguments = (z, first, min(first + stride, self.depth))
+            arguments = (f, packing, z, first, min(first + stride, self.depth))
             if self.checkpoint and torch.is_grad_enabled():
-                z, states, residuals = checkpoint(layers, *arguments, use_reentrant=False)
+                z, states, residuals = checkpoint(self._layers, *arguments, use_reentrant=False)
             else:
-                z, states, residuals = layers(*arguments)
+                z, states, residuals = self._layers(*arguments)
             kept += states
             history.append(residuals)
         residuals = torch.cat(history)  # (layers, 2, B)
@@ -245,16 +162,140 @@ class Unrolled(_TiedLayer):
             kept=tuple(kept),
         )
 
-    def extra_repr(self) -> str:
-        layers = f"depth={self.depth}, no_grad_depth={self.no_grad_depth}"
-        return f"{layers}, checkpoint={self.checkpoint}, keep_every={self.keep_every}"
+    def _layers(
+        self, f: Callable[[Any], Any], packing: Packing, z: Any, first: int, last: int
+    ) -> tuple[Any, list[Any], Tensor]:
+        """Return the state after layers `first + 1 ... last`, the kept ones, and the residuals `(layers, 2, B)`."""
+        kept, residuals = [], []
+        for layer in range(first + 1, last + 1):
+            z, before = f(z), z
+            with torch.no_grad():
+                before, after = packing.pack(before, "z0"), packing.pack(z, "the cell")
+                distance = safe_two_norm(after - before)
+                residuals.append(torch.stack([ratio(distance, safe_two_norm(after)), distance]).to(after.dtype))
+            if self.keep_every and layer % self.keep_every == 0 and 0 < layer < self.depth:
+                kept.append(z)
+        return z, kept, torch.stack(residuals)
 
 
-def _zeros_like(x: Any) -> Any:
-    return pytree.tree_map(torch.zeros_like, x)
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Solve a long sequence in pieces of at most `length` positions (Bai et al. 2019, appendix E).
+
+    Inputs are `(B, T, D)` and states are tensors `(B, T, ...)`, or structures of them. The equilibria of earlier pieces
+    are the memory of each piece. Because the cell is causal, the pieces together have the equilibrium of the whole
+    sequence, where there is only one, and each solve is easier. Nothing is detached: the backward pass solves the
+    pieces from the last to the first, and the gradients are those of the whole sequence. Between the passes lives one
+    graph of `f` for each piece, plus what `inject` computes for each piece, such as the projections of its memory. The
+    pieces share the weights of the cell's `shared_weights`, dropped entries included. Masks of states are drawn for
+    each piece.
+
+    The Solution describes all pieces together:
+
+    - `relative_residual`: the largest. It bounds the residual of the whole sequence, because
+      `(sum_i ||r_i||^2) / (sum_i ||f_i||^2) <= max_i ||r_i||^2 / ||f_i||^2`;
+    - `absolute_residual`: the largest, which does not bound that of the whole sequence;
+    - `converged`: whether all pieces converged. With `atol = 0` the whole sequence then did too;
+    - `num_steps`: the largest, and `residual_history` the largest at each step, where a finished piece keeps its last
+      residual;
+    - `num_evals`: the sum, of calls that see one piece each;
+    - `result`: the worst.
+
+    Raises:
+        TypeError: `equilibrium` is not an `Equilibrium`. A stack in pieces would not be the stack of the whole
+            sequence: its pieces would see finished layers of earlier positions.
+        ValueError: `length` is not a whole number >= 1, or the equilibrium has `batch_dims` other than 1.
+    """
+
+    equilibrium: Equilibrium
+    """How each piece is solved."""
+    length: int
+    """Largest number of positions in a piece."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.equilibrium, Equilibrium):
+            kind = type(self.equilibrium).__name__
+            raise TypeError(f"equilibrium must be an Equilibrium, got {kind}: only equilibria can be found in pieces")
+        check_count("length", self.length, least=1, owner=self)
+        if self.equilibrium.batch_dims != 1:
+            raise ValueError(
+                f"batch_dims={self.equilibrium.batch_dims} of the equilibrium must be 1, as pieces are cut along "
+                "dimension 1"
+            )
+
+    def __call__(
+        self,
+        cell: nn.Module,
+        x: Tensor,
+        z0: Any = None,
+        memory: Any = None,
+        *,
+        keep: Sequence[int] = (),
+        callback: Callback | None = None,
+    ) -> Solution:
+        """Return the equilibrium of the whole sequence; arguments as in `Equilibrium`.
+
+        Raises:
+            TypeError: The cell has no `inject` and `extend_memory` of its own.
+            ValueError: A tensor of the state is not `(B, T, ...)`.
+        """
+        require_pieces(cell)
+        num_positions = x.shape[1]
+        if num_positions <= self.length:
+            return self.equilibrium(cell, x, z0, memory, keep=keep, callback=callback)
+        if z0 is not None:
+            _check_positions(z0, num_positions, "z0")
+        weights = method(cell, "shared_weights")()
+        pieces = []
+        for start in range(0, num_positions, self.length):
+            positions = slice(start, start + self.length)
+            x_piece, z0_piece = x[:, positions], pytree.tree_map_only(Tensor, lambda z, at=positions: z[:, at], z0)
+            f, first = prepare(cell, x_piece, z0_piece, memory, weights=weights)
+            piece = self.equilibrium.solve(f, first, keep=keep, callback=callback)
+            _check_positions(piece.value, x_piece.shape[1], "the state")
+            pieces.append(piece)
+            if positions.stop < num_positions:
+                memory = method(cell, "extend_memory")(memory, x_piece, piece.value, length=None)
+        return _join(pieces)
 
 
-def _residuals(z: Tensor, fz: Tensor) -> Tensor:
-    """Return the relative and the absolute residual of each state, `(2, B)`."""
-    distance = safe_two_norm(fz - z)
-    return torch.stack([ratio(distance, safe_two_norm(fz)), distance]).to(fz.dtype)
+How = Equilibrium | Stack | Pieces
+"""A way to solve: a frozen value called as `how(cell, x, z0, memory) -> Solution`."""
+
+
+def require_pieces(cell: nn.Module) -> None:
+    """Raise TypeError, naming the missing methods, for a cell that cannot be solved in pieces."""
+    require(cell, "inject(x, memory)", "extend_memory(memory, x, z, *, length)", purpose="be solved in pieces")
+
+
+def _check_positions(state: Any, num_positions: int, name: str) -> None:
+    for z in pytree.tree_leaves(state):
+        if z.ndim < 2 or z.shape[1] != num_positions:
+            raise ValueError(
+                f"Pieces cuts and joins states along dimension 1, so a tensor of {name} for {num_positions} positions "
+                f"must be (B, {num_positions}, ...), got {tuple(z.shape)}"
+            )
+
+
+def _join(pieces: list[Solution]) -> Solution:
+    steps = max(len(piece.residual_history) for piece in pieces)
+    histories = [
+        torch.cat([piece.residual_history, piece.residual_history[-1:].expand(steps - len(piece.residual_history), -1)])
+        for piece in pieces
+    ]
+
+    def joined(*states: Any) -> Any:
+        return pytree.tree_map(lambda *parts: torch.cat(parts, dim=1), *states)
+
+    return Solution(
+        value=joined(*(piece.value for piece in pieces)),
+        relative_residual=torch.stack([piece.relative_residual for piece in pieces]).amax(dim=0),
+        absolute_residual=torch.stack([piece.absolute_residual for piece in pieces]).amax(dim=0),
+        converged=torch.stack([piece.converged for piece in pieces]).all(dim=0),
+        num_steps=torch.stack([piece.num_steps for piece in pieces]).amax(dim=0),
+        num_evals=sum(piece.num_evals for piece in pieces),
+        result=max((piece.result for piece in pieces), key=list(Result).index),
+        residual_history=torch.stack(histories).amax(dim=0),  # (steps, B)
+        kept=tuple(joined(*states) for states in zip(*(piece.kept for piece in pieces), strict=True)),
+        message=next((piece.message for piece in pieces if piece.message), ""),
+    )

@@ -26,7 +26,7 @@ class Rule:
     transposed: Map | None = None
 
 
-class Equilibrium(torch.autograd.Function):
+class ImplicitFunction(torch.autograd.Function):
     """`z*` as a function of `f(z*)`: forward returns `z*`; backward turns `v = dl/dz*` into `u = (I - J^T)^{-1} v`.
 
     Autograd then sends `u` through the graph of `f(z*)` to all that it touches.
@@ -69,11 +69,11 @@ class Equilibrium(torch.autograd.Function):
                 v = v + (barrier - barrier.detach())
             transposed = rule.transposed or _transposed_products(fz, z)
             linear = Rule(rule.solve, linear=True, products=transposed, transposed=products)
-            return Equilibrium.apply(v, u, linear), None, None
+            return ImplicitFunction.apply(v, u, linear), None, None
         if twice:
             # u solves u = J^T u + v, again an equilibrium: it depends on v, and on the parameters and z* through J.
             u = u.requires_grad_()
-            u = Equilibrium.apply(_product(fz, z, u) + v, u, Rule(rule.solve, linear=True, barrier=True))
+            u = ImplicitFunction.apply(_product(fz, z, u) + v, u, Rule(rule.solve, linear=True, barrier=True))
         # Autograd adds J^T u to the gradient of a connected z; only the part that u does not cover may go on.
         return u, (v - u if rule.connected else None), None
 

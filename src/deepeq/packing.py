@@ -10,6 +10,7 @@ from torch.utils import (
     _pytree as pytree,
 )  # the tree library that torch itself uses; it has no public name yet
 
+from deepeq.checks import check_count
 from deepeq.norms import safe_two_norm
 
 Map = Callable[[Tensor], Tensor]
@@ -78,8 +79,7 @@ class Packing:
         self.sizes = [size * self._rows_per_problem for size in self._row_sizes]
 
     def _leading_shape(self, batch_dims: int) -> tuple[int, ...]:
-        if not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or batch_dims < 0:
-            raise ValueError(f"batch_dims={batch_dims!r} must be a whole number >= 0")
+        check_count("batch_dims", batch_dims, least=0)
         if batch_dims == 0:
             return (1,)
         leading = {tuple(shape[:batch_dims]) if len(shape) or batch_dims > 1 else (1,) for shape in self.shapes}

@@ -1,5 +1,7 @@
 """Units: powers of two for states, and the scale and sign that make equations a fixed-point map."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,3 +53,34 @@ def automatic_scale(g: Map, z0: Tensor, g0: Tensor) -> Tensor:
         length = torch.where(finite, growth * length, -0.1 * length)
         growth = min(growth * growth, 1e12)
     return scale.to(z0.dtype)
+
+
+def unit_of_gradients(product: Map, v: Tensor, z: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return powers of two that bring `u` near one, `(B, 1)`, or `(B, N)` for states of several parts.
+
+    A part without a loss of its own gets the unit of the largest. Where the parts of `z` lie far apart, the gradient
+    with respect to the large one is small and matters as much: its size is then seen in `J^T v`, for one product.
+    """
+    if not v.numel():
+        return v.new_ones(len(v), 1)
+    if len(sizes) < 2:
+        return power_of_two(v.abs().amax(dim=1, keepdim=True))
+    state, seen = _largest_of_parts(z, sizes), _largest_of_parts(v, sizes)  # (B, P)
+    largest = seen.amax(dim=1, keepdim=True)
+    unit = torch.where(seen > 0, seen, largest)
+    state = torch.where(state > 0, state, state.amax(dim=1, keepdim=True))
+    apart = state.amax(dim=1, keepdim=True) > 1e6 * state.amin(dim=1, keepdim=True)
+    if bool(apart.any()):
+        seen = torch.maximum(seen, _largest_of_parts(product(v), sizes))
+        # Parts without a gradient get the size that the sizes of the state suggest, with a margin.
+        expected = 1e-3 * state.amin(dim=1, keepdim=True) / state * seen.amax(dim=1, keepdim=True)
+        unit = torch.where(apart, torch.maximum(seen, expected), unit)
+    unit = power_of_two(unit)
+    if not bool((unit != unit[:, :1]).any()):
+        return unit[:, :1]
+    columns = zip(unit.split(1, dim=1), (size for size in sizes if size), strict=True)
+    return torch.cat([column.expand(-1, size) for column, size in columns], dim=1)
+
+
+def _largest_of_parts(z: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.stack([part.abs().amax(dim=1) for part in z.split(list(sizes), dim=1) if part.shape[1]], dim=1)

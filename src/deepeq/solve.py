@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, OnFailure, check_choice, report
+from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, OnFailure, report
+from deepeq.checks import check_choice
 from deepeq.iterate import Problem
 from deepeq.norms import safe_two_norm
 from deepeq.packing import Map, Norm, Packing

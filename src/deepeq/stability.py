@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepeq.checks import check_count
 from deepeq.jacobian import jacobian_product
 from deepeq.norms import inner, safe_two_norm, two_norm
 from deepeq.packing import Packing
@@ -50,8 +51,9 @@ def jacobian_penalty(
     """
     if form not in ("hutchinson", "first_order"):
         raise ValueError(f"form={form!r} must be 'hutchinson' or 'first_order'")
-    if not isinstance(num_probes, int) or num_probes < 1 or not 0.0 < step < 1.0:
-        raise ValueError(f"num_probes={num_probes!r} must be a whole number >= 1 and step={step!r} lie in (0, 1)")
+    check_count("num_probes", num_probes, least=1)
+    if not 0.0 < step < 1.0:
+        raise ValueError(f"step={step!r} must lie in (0, 1)")
     packing = Packing(z, batch_dims, segments)
     point, mask = packing.pack(z, "z").detach(), packing.mask()
     mapped = _packed(f, packing)
@@ -91,7 +93,7 @@ def spectral_radius(
     Raises:
         ValueError: `num_steps` is below 2.
     """
-    _check_steps(num_steps, 2)
+    check_count("num_steps", num_steps, least=2)
     packing = Packing(z, batch_dims, segments)
     point = packing.pack(z, "z").detach()
     product = _transposed_product(_packed(f, packing), point)
@@ -143,7 +145,7 @@ def smallest_singular_value(
     References:
         Golub and Kahan (1965), J. SIAM Numer. Anal. 2. Paige (1974), SIAM J. Numer. Anal. 11.
     """
-    _check_steps(num_steps, 1)
+    check_count("num_steps", num_steps, least=1)
     packing = Packing(z, batch_dims, segments)
     point = packing.pack(z, "z").detach()
     mapped, mask = _packed(f, packing), packing.mask()
@@ -207,11 +209,6 @@ def error_bound(
         distance = safe_two_norm(packing.pack(f(packing.unpack(point))) - point)
     bound = packing.per_problem(distance).to(point.dtype) / smallest
     return torch.where(smallest > 0, bound, torch.inf)
-
-
-def _check_steps(num_steps: int, least: int) -> None:
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < least:
-        raise ValueError(f"num_steps={num_steps!r} must be a whole number >= {least}")
 
 
 def _unit_vectors(point: Tensor, mask: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepeq.data.published import PUBLISHED, PublishedName
+from deepeq.data.config import PUBLISHED, PublishedName
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_sequences_are_those_of_the_paper(split, blank_len: int):
 
 def test_paper_sizes_are_the_default():
     task = CopyMemory()
-    assert (task.sequence_len, task.vocab_size, task.level, task.name) == (420, 10, "symbol", "copy_memory")
+    assert (task.sequence_len, task.vocab_size, task.unit, task.name) == (420, 10, "symbol", "copy_memory")
     assert [len(task.sequences(split)[0]) for split in SPLITS] == [20_000, 2_000, 2_000]
 
 

@@ -1,5 +1,6 @@
 """Corpora: what is read and where from, how it is split, the unigram bound, and the sentences of the errors."""
 
+import hashlib
 import math
 import os
 import pydoc_data.topics
@@ -21,6 +22,9 @@ from deepeq.data import (
     unigram_bits,
 )
 
+PTB_IDS = "b0d038629723639068c1b3b5585bc5f37aef57fda610fed8435408cbfd220882"
+"""SHA-256 of the ids of Penn Treebank as version 0.1 prepared them."""
+
 
 def write(path: Path, content: str | bytes) -> str:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -34,14 +38,14 @@ def load_text(config: DataConfig) -> Corpus:
 
 
 def texts(corpus: Corpus) -> list[str]:
-    return [corpus.vocabulary.decode(ids) for ids in (corpus.train, corpus.valid, corpus.test)]
+    return [corpus.tokenizer.decode(ids) for ids in (corpus.train, corpus.valid, corpus.test)]
 
 
 def error_of(config: DataConfig, kind: type[Exception] = ValueError) -> str:
     with pytest.raises(kind) as caught:
         load_corpus(config)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith(".")
+    assert not str(caught.value).endswith(".")
     return str(caught.value)
 
 
@@ -50,23 +54,28 @@ def penn_treebank() -> Corpus:
     root = os.environ.get("DEEPEQ_DATA")
     if not root or not (Path(root) / "ptb").is_dir():
         pytest.skip("Penn Treebank is not here: DEEPEQ_DATA names no folder that holds ptb")
-    return load_text(DataConfig(corpus="penn_treebank", level="word"))
+    return load_text(DataConfig(corpus="penn_treebank", unit="word"))
 
 
 def test_penn_treebank_has_the_published_counts(penn_treebank: Corpus):
     assert penn_treebank.name == "penn_treebank"
-    assert len(penn_treebank.vocabulary) == 10_000
+    assert len(penn_treebank.tokenizer) == 10_000
     assert penn_treebank.train.shape == (929_589,)
     assert penn_treebank.valid.shape == (73_760,)
     assert penn_treebank.test.shape == (82_430,)
 
 
+def test_penn_treebank_has_the_ids_of_version_0_1(penn_treebank: Corpus):
+    ids = b"".join(split.numpy().tobytes() for split in (penn_treebank.train, penn_treebank.valid, penn_treebank.test))
+    assert hashlib.sha256(ids).hexdigest() == PTB_IDS
+
+
 def test_penn_treebank_has_its_own_unknown_word_and_line_ends(penn_treebank: Corpus):
-    assert penn_treebank.vocabulary.tokens[:5] == ("<eos>", "<unk>", "the", "N", "of")
+    assert penn_treebank.tokenizer.tokens[:5] == ("<eos>", "<unk>", "the", "N", "of")
     counts = torch.bincount(penn_treebank.train)
     assert counts[:2].tolist() == [42_068, 45_020]
     assert counts[2:].diff().le(0).all()
-    opening = penn_treebank.vocabulary.decode(penn_treebank.valid[:20])
+    opening = penn_treebank.tokenizer.decode(penn_treebank.valid[:20])
     assert opening.startswith("consumers may want to move their telephones")
 
 
@@ -86,7 +95,7 @@ def test_quickstart_is_the_sorted_language_reference_split_80_10_10():
 
 def test_quickstart_unigram_bound_is_about_4_7_bits():
     corpus = load_text(DataConfig())
-    bits = unigram_bits(corpus.train, corpus.test, len(corpus.vocabulary))
+    bits = unigram_bits(corpus.train, corpus.test, len(corpus.tokenizer))
     assert bits == pytest.approx(4.67, abs=0.05)
 
 
@@ -118,9 +127,9 @@ def test_files_are_joined_in_order_by_newlines_and_split_by_characters(tmp_path:
     first, second = write(tmp_path / "one.txt", "abcdefghij"), write(tmp_path / "two.txt", "klmnopqrs")
     corpus = load_text(DataConfig(files=(second, first)))
     assert corpus.name == "two.txt+one.txt"
-    # All twenty characters differ, so nothing outside the first sixteen is in the training vocabulary.
+    # All twenty characters differ, so nothing outside the first sixteen is in the training tokenizer.
     assert texts(corpus) == ["klmnopqrs\nabcdef", "\ufffd\ufffd", "\ufffd\ufffd"]
-    assert len(corpus.vocabulary) == 17
+    assert len(corpus.tokenizer) == 17
 
 
 def test_files_of_words_are_split_at_the_nearest_line_ends(tmp_path: Path):
@@ -128,7 +137,7 @@ def test_files_of_words_are_split_at_the_nearest_line_ends(tmp_path: Path):
     # Of 72 characters, the cuts 57 and 64 fall into line 8, beside its start (56) and its end (65).
     lines[8] = "a word 8\n"
     text = "".join(lines)
-    corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+    corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), unit="word"))
     assert [len(ids) for ids in (corpus.train, corpus.valid, corpus.test)] == [24, 4, 3]
     assert texts(corpus)[0] == "".join(lines[:8])
 
@@ -137,13 +146,13 @@ def test_cut_moves_to_the_nearer_of_two_line_ends(tmp_path: Path):
     early = "a" * 78 + "\n" + "b" * 9 + "\n" + "c c\n" + "d" * 3 + " d\n"
     late = "a" * 70 + "\n" + "b" * 9 + "\n" + "c c c c c\n" + "d d d d d\n"
     for text, length in ((early, 79), (late, 81)):
-        corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+        corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), unit="word"))
         assert len(texts(corpus)[0]) == length
 
 
 def test_cut_that_already_is_a_line_end_stays(tmp_path: Path):
     text = "a b c d\n" * 8 + "a b\nc d\n" + "a\nb\nc d\n"
-    corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), level="word"))
+    corpus = load_text(DataConfig(files=(write(tmp_path / "a.txt", text),), unit="word"))
     assert texts(corpus) == ["a b c d\n" * 8, "a b\nc d\n", "a\nb\nc d\n"]
 
 
@@ -151,7 +160,7 @@ def test_byte_order_mark_and_windows_line_ends_are_not_part_of_the_text(tmp_path
     plain = write(tmp_path / "plain.txt", "ab\n" * 10)
     windows = write(tmp_path / "windows.txt", b"\xef\xbb\xbf" + b"ab\r\n" * 10)
     one, other = (load_text(DataConfig(files=(path,))) for path in (plain, windows))
-    assert one.vocabulary == other.vocabulary
+    assert one.tokenizer == other.tokenizer
     assert torch.equal(one.train, other.train)
 
 
@@ -190,23 +199,23 @@ def test_too_short_file_of_characters_is_named(tmp_path: Path, content: str):
     file = write(tmp_path / "a.txt", content)
     message = error_of(DataConfig(files=(file,)))
     assert message.startswith(f"{file} is too short: its ")
-    assert "split needs 2 tokens at least" in message
+    assert "split needs at least 2 tokens" in message
 
 
 def test_file_of_words_on_one_line_is_too_short(tmp_path: Path):
     file = write(tmp_path / "a.txt", "many words on one line\n")
-    message = error_of(DataConfig(files=(file,), level="word"))
-    assert "validation split needs 2 tokens at least, got 0; give a text of more lines" in message
+    message = error_of(DataConfig(files=(file,), unit="word"))
+    assert "validation split needs at least 2 tokens, got 0; give a text of more lines" in message
 
 
 def test_missing_penn_treebank_says_where_it_was_sought_and_what_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = DataConfig(corpus="penn_treebank", level="word")
+    config = DataConfig(corpus="penn_treebank", unit="word")
     monkeypatch.setenv("DEEPEQ_DATA", str(tmp_path))
     sought = error_of(config, FileNotFoundError)
     assert str(tmp_path / "ptb") in sought
-    elsewhere = DataConfig(corpus="penn_treebank", level="word", folder=str(tmp_path / "elsewhere"))
+    elsewhere = DataConfig(corpus="penn_treebank", unit="word", folder=str(tmp_path / "elsewhere"))
     named = error_of(elsewhere, FileNotFoundError)
     assert str(tmp_path / "elsewhere") in named
     monkeypatch.delenv("DEEPEQ_DATA")
@@ -228,8 +237,8 @@ def test_penn_treebank_is_read_from_the_folder_or_else_from_the_data_folder(
     for folder, word in (("ptb", "default"), ("own", "given")):
         splits = (f" {word} {split} \n" * count for split, count in (("train", 3), ("valid", 1), ("test", 2)))
         write_splits(*splits, folder=folder)
-    config = DataConfig(corpus="penn_treebank", level="word", folder=str(tmp_path / "own"))
-    by_default = load_text(DataConfig(corpus="penn_treebank", level="word"))
+    config = DataConfig(corpus="penn_treebank", unit="word", folder=str(tmp_path / "own"))
+    by_default = load_text(DataConfig(corpus="penn_treebank", unit="word"))
     assert texts(by_default) == ["default train\n" * 3, "default <unk>\n", "default <unk>\n" * 2]
     assert texts(load_text(config))[0] == "given train\n" * 3
     (tmp_path / "own" / "valid.txt").unlink()
@@ -240,16 +249,16 @@ def test_penn_treebank_is_read_from_the_folder_or_else_from_the_data_folder(
 
 def test_text_that_is_not_the_published_one_is_refused_under_its_name(write_splits: Callable[..., Path]):
     folder = str(write_splits("a b\n" * 5, "a\n", "b\n"))
-    message = error_of(DataConfig(corpus="penn_treebank", level="word", folder=folder))
+    message = error_of(DataConfig(corpus="penn_treebank", unit="word", folder=folder))
     assert "4 instead of 10,000 types, 15 instead of 929,589 tokens in train" in message
     assert "set data.corpus to 'folder'" in message
-    assert load_text(DataConfig(corpus="folder", level="word", folder=folder)).name == "text"
+    assert load_text(DataConfig(corpus="folder", unit="word", folder=folder)).name == "text"
 
 
 @pytest.mark.parametrize("names", ["{}.txt", "wiki.{}.tokens", "ptb.{}.txt"])
 def test_folder_is_read_under_any_of_the_published_file_names(write_splits: Callable[..., Path], names: str):
     folder = write_splits(" a b \n \n c\n", "a d\n", "\nb\n", names=names)
-    words = load_text(DataConfig(corpus="folder", level="word", folder=str(folder)))
+    words = load_text(DataConfig(corpus="folder", unit="word", folder=str(folder)))
     assert texts(words) == ["a b\n\nc\n", "a <unk>\n", "\nb\n"]
     characters = load_text(DataConfig(corpus="folder", folder=str(folder)))
     assert texts(characters) == [" a b \n \n c\n", "a \ufffd\n", "\nb\n"]
@@ -258,13 +267,13 @@ def test_folder_is_read_under_any_of_the_published_file_names(write_splits: Call
 def test_files_of_one_naming_scheme_are_read_together(write_splits: Callable[..., Path]):
     folder = write_splits("a b\n", "a\n", "b\n", names="wiki.{}.tokens")
     write(folder / "valid.txt", "of another text\n")
-    corpus = load_text(DataConfig(corpus="folder", level="word", folder=str(folder)))
+    corpus = load_text(DataConfig(corpus="folder", unit="word", folder=str(folder)))
     assert texts(corpus)[1] == "a\n"
 
 
 def test_missing_folder_is_named(tmp_path: Path):
     message = error_of(DataConfig(corpus="folder", folder=str(tmp_path / "absent")), FileNotFoundError)
-    assert message == f"{tmp_path / 'absent'} is not a folder; give the folder of the text as --data.folder."
+    assert message == f"{tmp_path / 'absent'} is not a folder; give the folder of the text as --data.folder"
 
 
 def test_wikitext_validation_and_test_text_have_the_published_counts(tmp_path: Path):
@@ -274,10 +283,10 @@ def test_wikitext_validation_and_test_text_have_the_published_counts(tmp_path: P
     for split in ("train", "valid", "test"):  # the training split is not at hand; another has its place
         source = "valid" if split == "train" else split
         (tmp_path / f"{split}.txt").symlink_to(Path(root) / "wikitext-2" / f"{source}.txt")
-    corpus = load_text(DataConfig(corpus="folder", level="word", folder=str(tmp_path)))
+    corpus = load_text(DataConfig(corpus="folder", unit="word", folder=str(tmp_path)))
     assert (len(corpus.valid), len(corpus.test)) == (217_646, 245_569)
-    assert corpus.vocabulary.tokens[:3] == ("<eos>", "<unk>", "the")
-    # Ids of a split that made the vocabulary fall in frequency, as an adaptive softmax needs them.
+    assert corpus.tokenizer.tokens[:3] == ("<eos>", "<unk>", "the")
+    # Ids of a split that made the tokenizer fall in frequency, as an adaptive softmax needs them.
     assert torch.bincount(corpus.valid)[2:].diff().le(0).all()
 
 
@@ -296,9 +305,9 @@ def test_text_and_task_offer_the_same_to_training(tmp_path: Path):
             assert batches.segment(0)[0].dtype == torch.int64
             assert all(int(part.max()) < source.vocab_size for pair in passes for part in pair)
     (text, _), (task, _) = sources
-    assert (text.level, task.level) == ("character", "symbol")
-    assert text.vocabulary is not None
-    assert task.vocabulary is None
+    assert (text.unit, task.unit) == ("character", "symbol")
+    assert text.tokenizer is not None
+    assert task.tokenizer is None
     assert text.fingerprint != task.fingerprint
 
 
@@ -312,13 +321,14 @@ def test_stream_of_a_split_reads_its_ids(tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "size"),
     [
-        (DataConfig(corpus="penn_treebank", level="word"), 10_000),
-        (DataConfig(corpus="wikitext2", level="word"), 33_278),
-        (DataConfig(corpus="wikitext103", level="word"), 267_735),
+        (DataConfig(corpus="penn_treebank", unit="word"), 10_000),
+        (DataConfig(corpus="wikitext2", unit="word"), 33_278),
+        (DataConfig(corpus="wikitext103", unit="word"), 267_735),
         (DataConfig(corpus="copy_memory"), 10),
         (DataConfig(), None),
         (DataConfig(corpus="folder", folder="x"), None),
-        (DataConfig(corpus="penn_treebank", level="word", files="a.txt"), None),
+        (DataConfig(corpus="wikitext2", unit="bpe", vocab_size=500), None),
+        (DataConfig(corpus="penn_treebank", unit="word", files="a.txt"), None),
     ],
 )
 def test_published_vocabulary_sizes_are_known_without_any_file(config: DataConfig, size: int | None):
@@ -335,24 +345,30 @@ def test_copy_memory_is_made_as_configured():
     ("fields", "message"),
     [
         ({"corpus": "enwik8"}, "data.corpus must be 'pydoc' or 'penn_treebank' or"),
-        ({"level": "byte"}, "data.level must be 'character' or 'word', got 'byte'"),
+        ({"unit": "byte"}, "data.unit must be 'character' or 'word' or 'bpe', got 'byte'"),
         ({"files": ["a.txt"]}, "data.files must be a tuple of paths as strings, got ['a.txt']"),
         ({"files": ("a.txt", "")}, "data.files must be a tuple of paths as strings, got ('a.txt', '')"),
         (
-            {"corpus": "penn_treebank", "level": "word", "folder": ""},
+            {"corpus": "penn_treebank", "unit": "word", "folder": ""},
             "data.folder must be a path as a string",
         ),
-        ({"corpus": "penn_treebank"}, "data.level must be 'word' for the corpus 'penn_treebank'"),
+        ({"corpus": "penn_treebank"}, "data.unit must be 'word' or 'bpe' for the corpus 'penn_treebank'"),
         (
             {"folder": "ptb"},
             "data.folder is read only for the corpora 'folder', 'penn_treebank', 'wikitext2', 'wikitext103', got 'ptb'",
         ),
         ({"corpus": "folder"}, "data.folder must name the folder of the text for the corpus 'folder', got None"),
-        ({"corpus": "wikitext103"}, "data.level must be 'word' for the corpus 'wikitext103'"),
+        ({"corpus": "wikitext103"}, "data.unit must be 'word' or 'bpe' for the corpus 'wikitext103'"),
         ({"cache": ""}, "data.cache must be a path as a string, or None, got ''"),
-        ({"corpus": "copy_memory", "level": "word"}, "data.level must be left out for the corpus 'copy_memory'"),
+        ({"corpus": "copy_memory", "unit": "word"}, "data.unit must be left out for the corpus 'copy_memory'"),
         ({"corpus": "copy_memory", "folder": "x"}, "data.folder is read only for the corpora"),
         ({"copy_memory": CopyMemoryConfig(seed=3)}, "data.copy_memory is read only for the corpus 'copy_memory'"),
+        ({"unit": "bpe"}, "data.vocab_size must be a whole number >= 256 for data.unit='bpe', got None"),
+        (
+            {"unit": "bpe", "vocab_size": 255},
+            "data.vocab_size must be a whole number >= 256 for data.unit='bpe', got 255",
+        ),
+        ({"vocab_size": 300}, "data.vocab_size is read only for data.unit='bpe', got 300; leave it out"),
         ({"copy_memory": {"seed": 3}}, "data.copy_memory must be a CopyMemoryConfig, got {'seed': 3}"),
     ],
 )
@@ -363,8 +379,8 @@ def test_wrong_field_is_named_at_construction(fields: dict, message: str):
 
 
 def test_all_wrong_fields_are_named_together():
-    with pytest.raises(ValueError, match=r"data\.corpus must be .*; data\.level must be .*; data\.files must be"):
-        DataConfig(corpus="x", level="y", files=[])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"data\.corpus must be .*; data\.unit must be .*; data\.files must be"):
+        DataConfig(corpus="x", unit="y", files=[])  # pyright: ignore[reportArgumentType]
 
 
 def test_unknown_field_is_refused():

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from deepeq.data import DataConfig, load_corpus
-from deepeq.data.download import prepare_corpus
-from deepeq.data.published import PUBLISHED, Archive
+from deepeq.data.config import PUBLISHED, Archive
+from deepeq.data.corpora import prepare_corpus
 
 SPLITS = {"train": "a b\n\nb\n", "valid": "a\n", "test": "b c\n"}
 COUNTS = (4, (6, 2, 3))
@@ -82,7 +82,7 @@ def refusal(name: str, folder: Path, kind: type[Exception], **options) -> str:
     assert type(caught.value) is kind
     message = str(caught.value)
     assert "\n" not in message
-    assert message.endswith(".")
+    assert not message.endswith(".")
     return message
 
 
@@ -95,16 +95,16 @@ def test_corpus_is_downloaded_prepared_and_then_only_verified(serve: Callable[..
     serve(zipped())
     folder = tmp_path / "new" / "wikitext-2"
     seen: list[tuple[str, float]] = []
-    summary = prepare_corpus("wikitext2", folder, progress=lambda what, share: seen.append((what, share)))
+    summary = prepare_corpus("wikitext2", folder, progress=lambda what, fraction: seen.append((what, fraction)))
     assert json.loads(json.dumps(summary)) == summary
     assert (summary["name"], summary["types"], summary["downloaded"]) == ("wikitext2", 4, True)
     assert summary["tokens"] == {"train": 6, "valid": 2, "test": 3}
-    assert any(what.startswith("downloading http://127.0.0.1") and share == 1 for what, share in seen)
+    assert any(what.startswith("downloading http://127.0.0.1") and fraction == 1 for what, fraction in seen)
     assert contents(folder) == ["prepared", "wiki.test.tokens", "wiki.train.tokens", "wiki.valid.tokens"]
     again = prepare_corpus("wikitext2", folder, download=False)
     assert again["fingerprint"] == summary["fingerprint"]
     assert not again["downloaded"]
-    corpus = load_corpus(DataConfig(corpus="wikitext2", level="word", folder=str(folder), cache=str(tmp_path / "none")))
+    corpus = load_corpus(DataConfig(corpus="wikitext2", unit="word", folder=str(folder), cache=str(tmp_path / "none")))
     assert corpus.fingerprint == summary["fingerprint"]
     assert not (tmp_path / "none").exists()
 
@@ -148,7 +148,7 @@ def test_text_in_the_data_folder_is_prepared_without_download(
     assert len(contents(raw)) == 3
 
 
-def test_changed_text_is_prepared_anew(write_splits: Callable[..., Path], set_published_counts: Callable[..., None]):
+def test_changed_text_is_prepared_again(write_splits: Callable[..., Path], set_published_counts: Callable[..., None]):
     set_published_counts("wikitext2", *COUNTS)
     folder = write_splits(*SPLITS.values())
     first = prepare_corpus("wikitext2", folder)
@@ -177,7 +177,7 @@ def test_damaged_preparation_is_named(write_splits: Callable[..., Path], set_pub
 def test_wrong_checksum_is_named_and_nothing_kept(serve: Callable[..., None], tmp_path: Path):
     serve(zipped(), sha256="0" * 64)
     message = refusal("wikitext2", tmp_path / "new", ValueError)
-    assert "wikitext-2-v1.zip has not the checksum 000000000000..." in message
+    assert "wikitext-2-v1.zip does not have the checksum 000000000000..." in message
     assert contents(tmp_path / "new") == []
 
 
@@ -213,7 +213,7 @@ def test_archive_with_wrong_bytes_is_named(serve: Callable[..., None], tmp_path:
 def test_file_that_the_archive_lacks_is_named(serve: Callable[..., None], tmp_path: Path):
     serve(zipped(without="valid"))
     message = refusal("wikitext2", tmp_path / "new", ValueError)
-    assert "lacks the file wikitext-2/wiki.valid.tokens" in message
+    assert "is not a whole zip archive with the file wikitext-2/wiki.valid.tokens" in message
 
 
 @pytest.mark.usefixtures("server")
@@ -233,4 +233,4 @@ def test_download_can_be_declined(tmp_path: Path):
 
 def test_unknown_corpus_is_named(tmp_path: Path):
     message = refusal("enwik8", tmp_path, ValueError)
-    assert message == "name must be 'penn_treebank' or 'wikitext2' or 'wikitext103', got 'enwik8'."
+    assert message == "name must be 'penn_treebank' or 'wikitext2' or 'wikitext103', got 'enwik8'"

@@ -1,14 +1,16 @@
 """Streams of text: the same text whatever the blocks, and the sentences of the errors."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepeq.data import DataConfig
 from deepeq.data import text as text_module
-from deepeq.data.text import FileSource, StringSource, Text, whole_tokens
-from deepeq.data.vocabulary import Level, split_tokens
+from deepeq.data.text import FileSource, JsonLinesSource, find_text, whole_tokens
+from deepeq.data.tokenizer import Unit, split_tokens
 
 REPEATABLE = settings(deadline=None, derandomize=True, database=None)
 
@@ -44,27 +46,27 @@ def test_first_wrong_byte_is_counted_from_the_start_of_the_file(
     monkeypatch.setattr(text_module, "BLOCK_BYTES", size)
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 text \({byte}\); convert it to UTF-8\.$"):
+    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 text \({byte}\); convert it to UTF-8$"):
         list(FileSource(path).blocks())
 
 
 @REPEATABLE
 @given(
     blocks=st.lists(st.text(st.sampled_from("ab \n\t\u3000"), max_size=6), max_size=8),
-    level=st.sampled_from(["character", "word"]),
+    unit=st.sampled_from(["character", "word"]),
 )
-def test_no_word_is_cut_by_the_end_of_a_block(blocks: list[str], level: Level):
-    regrouped = list(whole_tokens(blocks, level))
+def test_no_word_is_cut_by_the_end_of_a_block(blocks: list[str], unit: Unit):
+    regrouped = list(whole_tokens(blocks, unit))
     assert "".join(regrouped) == "".join(blocks)
-    tokens = [token for block in regrouped for token in split_tokens(block, level)]
-    assert tokens == list(split_tokens("".join(blocks), level))
+    tokens = [token for block in regrouped for token in split_tokens(block, unit)]
+    assert tokens == list(split_tokens("".join(blocks), unit))
 
 
-def split_at_once(text: str, level: Level) -> list[str]:
+def split_at_once(text: str, unit: Unit) -> list[str]:
     """The 80/10/10 split of a text in memory, with the line starts listed."""
     starts = [0, *(index + 1 for index, char in enumerate(text) if char == "\n"), len(text)]
     cuts = [len(text) * 8 // 10, len(text) * 9 // 10]
-    if level == "word":
+    if unit == "word":
         # Of two line starts at the same distance the earlier one; a start at the cut itself is "before" it.
         cuts = [min((start for start in starts), key=lambda start, cut=cut: (abs(start - cut), start)) for cut in cuts]
     return [text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]]
@@ -72,18 +74,44 @@ def split_at_once(text: str, level: Level) -> list[str]:
 
 @REPEATABLE
 @given(
-    parts=st.lists(st.text(st.sampled_from("ab \n"), min_size=1, max_size=30), min_size=1, max_size=4),
-    level=st.sampled_from(["character", "word"]),
+    parts=st.lists(st.text(st.sampled_from("ab \n"), max_size=30).map(lambda part: f"a{part}"), min_size=1, max_size=4),
+    unit=st.sampled_from(["character", "word"]),
 )
-def test_streamed_split_is_that_of_the_joined_text(parts: list[str], level: Level):
-    sources = tuple(StringSource(str(index), part) for index, part in enumerate(parts))
-    text = Text.from_sources("name", level, sources)
+def test_streamed_split_is_that_of_the_joined_text(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str], unit: Unit
+):
+    folder = tmp_path_factory.mktemp("parts")
+    for index, part in enumerate(parts):
+        (folder / f"{index}.txt").write_text(part, newline="")
+    text = find_text(DataConfig(files=tuple(str(folder / f"{index}.txt") for index in range(len(parts))), unit=unit))
     streamed = ["".join(text.splits[split]()) for split in ("train", "valid", "test")]
-    assert streamed == split_at_once("\n".join(parts), level)
+    assert streamed == split_at_once("\n".join(parts), unit)
 
 
 def test_stream_can_be_read_again(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("some words\n")
-    text = Text.from_sources("name", "word", (FileSource(path),))
+    text = find_text(DataConfig(files=(str(path),), unit="word"))
     assert [list(text.splits["train"]()) for _ in range(2)] == [["some words\n"]] * 2
+
+
+@pytest.mark.usefixtures("block_bytes")
+def test_lines_of_json_give_one_document_each(tmp_path: Path):
+    documents = ["one\ntwo", "caf\u00e9 \u20ac", "", "three\r\nfour\n", "\u2028"]
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps({"id": 7, "text": text}, ensure_ascii=index % 2 == 0) for index, text in enumerate(documents)]
+    path.write_text("\n".join([rows[0], "", *rows[1:]]) + "\n", encoding="utf-8")
+    expected = "one\ntwo\ncaf\u00e9 \u20ac\n\nthree\nfour\n\u2028\n"
+    assert "".join(JsonLinesSource(path).blocks()) == expected
+    text = find_text(DataConfig(files=str(path)))
+    assert "".join("".join(text.splits[split]()) for split in ("train", "valid", "test")) == expected
+
+
+@pytest.mark.parametrize("line", ["text", '{"body": "a"}', '{"text": 3}', '["text"]', '{"text": "a"', "[" * 100_000])
+def test_line_that_is_no_document_is_named(tmp_path: Path, line: str):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(
+        ValueError, match=r"^line 3 of .*a\.jsonl is not a JSON object with a string in the field 'text'"
+    ):
+        list(JsonLinesSource(path).blocks())

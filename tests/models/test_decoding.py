@@ -35,7 +35,8 @@ VARIANTS = {
     "trellis": TRELLIS,
     "dilated_trellis": replace(TRELLIS, dilation=2, kernel_size=3),
 }
-EXACT = deepeq.Broyden(rtol=1e-11, max_steps=300, history_size=100)
+SOLVER = deepeq.Broyden(rtol=1e-11, max_steps=300, history_size=100)
+EXACT = deepeq.Equilibrium(solver=SOLVER)
 
 
 def make_model(layer: LayerConfig = TRANSFORMER, **values: object) -> LanguageModel:
@@ -46,12 +47,8 @@ def make_model(layer: LayerConfig = TRANSFORMER, **values: object) -> LanguageMo
         for name, parameter in model.named_parameters():
             if name.endswith("_bias"):  # those of attention, zero at first
                 parameter.normal_(std=0.5)
-    if isinstance(model.network, TiedNetwork):
-        if isinstance(layer, TransformerConfig):
-            with torch.no_grad():
-                model.network.cell.output_projection.weight *= 8
-        if not values:
-            model.network.core = deepeq.DEQ(model.network.cell, solver=EXACT)
+        if isinstance(model.network, TiedNetwork) and isinstance(layer, TransformerConfig):
+            model.network.cell.output_projection.weight *= 8
     return model
 
 
@@ -66,11 +63,11 @@ def tokens_of(batch_size: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def decode(model: LanguageModel, tokens: Tensor, sizes: list[int], memory: Any) -> Tensor:
+def decode(model: LanguageModel, tokens: Tensor, sizes: list[int], memory: Any, how: deepeq.deq.How = EXACT) -> Tensor:
     """Log-probabilities after the last position of each segment, `(B, len(sizes), V)`."""
     found = []
     for segment in tokens.split(sizes, dim=1):
-        output = model.predict(segment, memory)
+        output = model.predict(segment, memory, how=how)
         memory = output.memory
         found.append(output.logits)
     return torch.cat(found, dim=1)
@@ -81,7 +78,7 @@ def decode(model: LanguageModel, tokens: Tensor, sizes: list[int], memory: Any) 
 def test_decoded_logits_equal_those_of_the_whole_prefix(name: str, sizes: list[int]) -> None:
     model, tokens = make_model(VARIANTS[name]), tokens_of(2, 12)
     with torch.no_grad():
-        whole = model(tokens)
+        whole = model(tokens, how=EXACT)
     assert whole.solution.result is deepeq.Result.CONVERGED
     memory = model.start_memory(2)
     assert isinstance(memory, KeyValues) == isinstance(VARIANTS[name], TransformerConfig)
@@ -100,18 +97,12 @@ def test_prediction_is_that_of_the_last_position() -> None:
     assert not output.memory.z.requires_grad
 
 
-@pytest.mark.parametrize("core", ["pieces", "stack"])
-def test_decoding_works_with_every_core(core: str) -> None:
+@pytest.mark.parametrize("how", [deepeq.Pieces(equilibrium=EXACT, length=2), deepeq.Stack(depth=3)])
+def test_decoding_works_however_the_cell_is_solved(how: deepeq.deq.How) -> None:
     model, tokens = make_model(), tokens_of(2, 9)
-    network = model.network
-    assert isinstance(network, TiedNetwork)
-    if core == "pieces":
-        network.core = deepeq.Subsequences(deepeq.DEQ(network.cell, solver=EXACT), 2)
-    else:
-        network.core = deepeq.Unrolled(network.cell, 3)
     sizes = [4, 1, 3, 1]
-    plain = decode(model, tokens, sizes, None)
-    torch.testing.assert_close(decode(model, tokens, sizes, model.start_memory(2)), plain, rtol=1e-9, atol=1e-9)
+    plain = decode(model, tokens, sizes, None, how)
+    torch.testing.assert_close(decode(model, tokens, sizes, model.start_memory(2), how), plain, rtol=1e-9, atol=1e-9)
 
 
 def test_kept_positions_are_those_of_the_memory_that_was_asked_for() -> None:
@@ -130,7 +121,7 @@ def test_decoding_without_memory_in_the_configuration_keeps_what_is_asked_for() 
     model, tokens = make_model(replace(TRANSFORMER, memory_len=0)), tokens_of(1, 7)
     assert model.start_memory(1) is None
     with torch.no_grad():
-        whole = model(tokens).logits
+        whole = model(tokens, how=EXACT).logits
     torch.testing.assert_close(
         decode(model, tokens, [3, 1, 2, 1], model.start_memory(1, length=7))[:, -1], whole[:, -1]
     )
@@ -144,13 +135,13 @@ def test_texts_of_different_lengths_share_a_batch(training: bool) -> None:
     for text, more in zip(texts, continuation, strict=True):
         memory = model.start_memory(1, length=7)
         with torch.no_grad():
-            memories.append(model.predict(text, memory).memory)
+            memories.append(model.predict(text, memory, how=EXACT).memory)
         expected.append(decode(model, more.unsqueeze(0), [1, 2, 1], memories[-1]))
     joined = join_memories([join_memories(memories[:2]), memories[2]])
     assert joined.empty.tolist() == [5, 0, 3]
     torch.testing.assert_close(decode(model, continuation, [1, 2, 1], joined), torch.cat(expected))
     with torch.no_grad():
-        later = model.predict(continuation, joined).memory
+        later = model.predict(continuation, joined, how=EXACT).memory
     assert later.empty.tolist() == [2, 0, 0]  # three of ten slots are dropped
 
 
@@ -169,17 +160,14 @@ def test_memories_join_where_their_lengths_agree() -> None:
 
 
 def test_cost_of_a_token_grows_with_attention_alone() -> None:
-    model, num_evals = make_model(), 3
-    network = model.network
-    assert isinstance(network, TiedNetwork)
-    network.core = deepeq.Unrolled(network.cell, num_evals)
-    counted = []
+    model, num_evals, counted = make_model(), 3, []
+    how = deepeq.Stack(depth=num_evals)
     for length in (8, 16):
         with torch.no_grad():
-            memory = model.predict(tokens_of(1, length), model.start_memory(1)).memory
-            memory = model.predict(tokens_of(1, 1), memory).memory  # here the table of position keys doubles
+            memory = model.predict(tokens_of(1, length), model.start_memory(1), how=how).memory
+            memory = model.predict(tokens_of(1, 1), memory, how=how).memory  # here the table of position keys doubles
             with FlopCounterMode(display=False) as flops:
-                model.predict(tokens_of(1, 1), memory)
+                model.predict(tokens_of(1, 1), memory, how=how)
         counted.append(flops.get_total_flops())
     attention = 2 * 2 * 16  # keys and values of one more position
     assert counted[1] - counted[0] == 8 * num_evals * attention
@@ -189,11 +177,11 @@ def test_solve_starts_from_the_equilibrium_of_the_position_most_alike() -> None:
     model, tokens = make_model(), torch.tensor([[3, 7, 1, 5, 2, 3, 7]])
     cell = cell_of(model)
     with torch.no_grad():
-        memory = model.predict(tokens[:, :6], model.start_memory(1)).memory
+        memory = model.predict(tokens[:, :6], model.start_memory(1), how=EXACT).memory
         guess = cell.guess(model.embedding(tokens[:, 6:]), memory)
         torch.testing.assert_close(guess, memory.z[:, 1:2])
-        layer, x = deepeq.DEQ(cell, solver=EXACT), model.embedding(tokens[:, 6:])
-        started, afresh = model.predict(tokens[:, 6:], memory).solution, layer(x, memory=memory)
+        layer, x = deepeq.DEQ(cell, solver=SOLVER), model.embedding(tokens[:, 6:])
+        started, afresh = model.predict(tokens[:, 6:], memory, how=EXACT).solution, layer(x, memory=memory)
         from_guess = layer(x, guess, memory)
         torch.testing.assert_close(started.residual_history, from_guess.residual_history, rtol=1e-6, atol=0)
         assert not torch.allclose(started.residual_history[0], afresh.residual_history[0])

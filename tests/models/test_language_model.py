@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import deepeq
+from deepeq.cell import prepare
 from deepeq.models import (
     LanguageModel,
     LayerStack,
@@ -59,22 +60,35 @@ def contractive_model(**values: object) -> LanguageModel:
     return model.double()
 
 
-def test_core_may_be_swapped_without_touching_the_parameters() -> None:
-    model = LanguageModel(11, EQUILIBRIA["transformer"])
-    names, parameters = set(model.state_dict()), list(model.parameters())
-    network_of(model).core = deepeq.Unrolled(network_of(model).cell, 3)
-    assert set(model.state_dict()) == names
-    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    assert model(tokens_of(2, 5)).solution.num_evals == 3
+def exact(rtol: float) -> deepeq.Equilibrium:
+    return deepeq.Equilibrium(solver=deepeq.Broyden(rtol=rtol, max_steps=100))
+
+
+def test_how_to_solve_holds_for_one_call() -> None:
+    model, tokens = LanguageModel(11, EQUILIBRIA["transformer"]), tokens_of(2, 5)
+    before = model(tokens)
+    stacked = model(tokens, how=deepeq.Stack(depth=3))
+    assert stacked.solution.num_evals == 3
+    assert not torch.allclose(stacked.logits, before.logits)
+    after = model(tokens)
+    assert after.solution.num_evals == before.solution.num_evals
+    torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=0)
+    torch.testing.assert_close(model.predict(tokens, how=deepeq.Stack(depth=3)).logits, stacked.logits[:, -1:])
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "tcn", "lstm"])
+def test_network_without_a_tied_cell_refuses_what_it_would_ignore(name: str) -> None:
+    model, tokens = LanguageModel(11, EXPLICIT[name]), tokens_of(2, 5)
+    with pytest.raises(ValueError, match="how was given, but .* has no tied cell to solve for"):
+        model(tokens, how=deepeq.Stack(depth=3))
+    with pytest.raises(ValueError, match="penalty_generator was given, but .* has no tied cell"):
+        model(tokens, penalty_generator=torch.Generator())
 
 
 def test_stack_and_equilibrium_predict_the_same_in_the_limit() -> None:
-    model = contractive_model()
-    tokens, network = tokens_of(2, 5), network_of(model)
-    network.core = deepeq.DEQ(network.cell, solver=deepeq.Broyden(rtol=1e-12, max_steps=100))
-    equilibrium = model(tokens).logits
-    network.core = deepeq.Unrolled(network.cell, 200)
-    torch.testing.assert_close(equilibrium, model(tokens).logits, rtol=1e-9, atol=1e-9)
+    model, tokens = contractive_model(), tokens_of(2, 5)
+    equilibrium, stack = (model(tokens, how=how).logits for how in (exact(1e-12), deepeq.Stack(depth=200)))
+    torch.testing.assert_close(equilibrium, stack, rtol=1e-9, atol=1e-9)
 
 
 def test_softmax_is_tied_to_the_embedding() -> None:
@@ -126,18 +140,15 @@ def test_tied_parameters_stay_one_when_converted_copied_and_reloaded(overwrite: 
 
 
 def test_prediction_is_causal_across_segments() -> None:
-    model = contractive_model()
-    network = network_of(model)
-    network.core = deepeq.DEQ(network.cell, solver=deepeq.Broyden(rtol=1e-11, max_steps=100))
-    tokens = tokens_of(2, 8)
-    whole = model(tokens).logits
-    first = model(tokens[:, :4])
-    second = model(tokens[:, 4:], first.memory)
+    model, how, tokens = contractive_model(), exact(1e-11), tokens_of(2, 8)
+    whole = model(tokens, how=how).logits
+    first = model(tokens[:, :4], how=how)
+    second = model(tokens[:, 4:], first.memory, how=how)
     halves = torch.cat([first.logits, second.logits], dim=1)
     torch.testing.assert_close(halves, whole, rtol=1e-7, atol=1e-7)
     changed = tokens.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 11
-    torch.testing.assert_close(model(changed).logits[:, :5], whole[:, :5], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(model(changed, how=how).logits[:, :5], whole[:, :5], rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", EXPLICIT)
@@ -192,12 +203,8 @@ def test_auxiliary_losses_are_those_of_earlier_layers() -> None:
     model = LanguageModel(11, config)
     tokens, targets = tokens_of(2, 5), tokens_of(2, 5)
     auxiliary = model(tokens, None, targets).auxiliary_nll
-    expected = []
-    for depth in (2, 4):
-        network_of(model).core = deepeq.Unrolled(network_of(model).cell, depth)
-        expected.append(model(tokens, None, targets).nll.mean())
+    expected = [model(tokens, None, targets, how=deepeq.Stack(depth=depth)).nll.mean() for depth in (2, 4)]
     torch.testing.assert_close(auxiliary, torch.stack(expected).mean())
-    network_of(model).core = deepeq.Unrolled(network_of(model).cell, 6, keep_every=2)
     assert model.eval()(tokens, None, targets).auxiliary_nll is None
 
 
@@ -238,14 +245,14 @@ def test_jacobian_penalty_is_that_of_the_map_that_was_solved() -> None:
     tokens = tokens_of(2, 4)
     network = network_of(model)
     output = model(tokens, penalty_generator=torch.Generator().manual_seed(3))
-    f, _ = network.core.prepare(model.embedding(tokens))
+    f, _ = prepare(network.cell, model.embedding(tokens))
     generator = torch.Generator().manual_seed(3)
     expected = deepeq.jacobian_penalty(f, output.solution.value, generator=generator)
     torch.testing.assert_close(output.jacobian_penalty, expected)
     assert model(tokens).jacobian_penalty is None
-    network.core = deepeq.Subsequences(deepeq.DEQ(network.cell), 2)
+    pieces = deepeq.Pieces(equilibrium=deepeq.Equilibrium(), length=2)
     with pytest.raises(ValueError, match="the Jacobian penalty is of one map"):
-        model(tokens, penalty_generator=torch.Generator().manual_seed(3))
+        model(tokens, how=pieces, penalty_generator=torch.Generator().manual_seed(3))
 
 
 def test_states_stay_wide_under_autocast_whatever_the_vocabulary() -> None:

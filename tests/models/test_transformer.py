@@ -320,7 +320,7 @@ def test_weights_start_with_the_standard_deviation_of_the_paper() -> None:
         ({"norm": "middle"}, "norm='middle' must be 'post' or 'pre'"),
         (
             {"memory_len": -1, "d_inner": 0},
-            "d_inner=0 must be a whole number >= 1; memory_len=-1 must be a whole number >= 0",
+            "memory_len=-1 must be a whole number >= 0; d_inner=0 must be a whole number >= 1",
         ),
         ({"init_std": 0.0}, "init_std=0.0 must be > 0 and finite"),
     ],

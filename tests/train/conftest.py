@@ -1,41 +1,33 @@
 """A tiny run on a small text, for everything that needs one."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deepeq import GMRES, Anderson
-from deepeq.cli import _parser
 from deepeq.data import DataConfig
 from deepeq.models import LayerConfig, ModelConfig, TransformerConfig
-from deepeq.train.config import EquilibriumConfig, FolderConfig, OptimizerConfig, RunConfig, TrainConfig
+from deepeq.train import EquilibriumConfig, FolderConfig, OptimizerConfig, RunConfig, RunFolder, TrainConfig, Trainer
+from deepeq.train import train as train_run
+from deepeq.train.distributed import make_fabric
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
 
-one_parser = cache(_parser)
+
+def train(config: RunConfig, **options: Any) -> dict[str, Any]:
+    """Train without figures and sample, which take longer than so little training."""
+    result = train_run(config, **{"sample": False, **options})
+    assert result is not None
+    return result
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_parser() -> Iterator[None]:
-    """To build the parser of the command takes longer than most of the commands here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepeq.cli._parser", one_parser)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _short_endings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every test; `monkeypatch.undo()` brings figures and sample back."""
-    shorten_endings(monkeypatch)
-
-
-def shorten_endings(patch: pytest.MonkeyPatch) -> None:
-    """Let runs end without figures and sample, which take longer than so little training."""
-    patch.setattr("deepeq.train.run.plot_run", lambda path: [])
-    patch.setattr("deepeq.train.run._write_sample", lambda trainer, model: None)
+def make_trainer(config: RunConfig) -> Trainer:
+    """A trainer in the folder of its configuration, in one process."""
+    folder = RunFolder(Path(config.run.dir or ""))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return Trainer(config, folder, make_fabric(config.train))
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +39,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(text_file: Path, tmp_path: Path) -> RunConfig:
-    """Twelve steps of a very small model, four of them warm-up, in a fresh folder."""
+    """Twelve steps of a very small model, the first four of a shallow stack, in a fresh folder."""
     return tiny_run(text_file, tmp_path / "run")
 
 
@@ -57,12 +49,12 @@ def tiny_run(text_file: Path, folder: Path) -> RunConfig:
         model=ModelConfig(layer=TransformerConfig(d_model=16, num_heads=2, d_inner=32, memory_len=8, init_std=0.2)),
         equilibrium=EquilibriumConfig(
             solver=Anderson(rtol=1e-2, max_steps=8),
-            backward=GMRES(rtol=1e-1, max_steps=6),
-            evaluation=Anderson(rtol=1e-3, max_steps=20),
-            warm_up_share=0.3,
+            backward_solver=GMRES(rtol=1e-1, max_steps=6),
+            eval_solver=Anderson(rtol=1e-3, max_steps=20),
+            pretrain_fraction=0.3,
             jacobian_weight=0.1,
         ),
-        optimizer=OptimizerConfig(lr=1e-2, warm_up_steps=2),
+        optimizer=OptimizerConfig(lr=1e-2, lr_warmup_steps=2),
         train=TrainConfig(
             steps=12,
             batch_size=4,

@@ -1,18 +1,22 @@
 """Checkpoints come back whole, or not at all."""
 
+import json
 import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from deepeq.models import LanguageModel, Memory, ModelConfig, TransformerConfig, TrellisMemory
-from deepeq.train.checkpoint import FORMAT, Checkpoint, load_checkpoint, save_checkpoint
-from deepeq.train.config import OptimizerConfig
-from deepeq.train.optimizer import make_optimizer
-from deepeq.train.storage import write_file
+from deepeq.train import OptimizerConfig
+from deepeq.train.checkpoint import MANIFEST, Checkpoint, SavedCheckpoint, save_checkpoint
+from deepeq.train.step import make_optimizer
+
+FABRIC = Fabric(accelerator="cpu", devices=1)
 
 
 def make_model(d_model: int = 8) -> LanguageModel:
@@ -30,26 +34,40 @@ def one_step(model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, LanguageModel, torch.optim.Optimizer]:
+Saved = tuple[Path, LanguageModel, torch.optim.Optimizer]
+
+
+@pytest.fixture(params=["adamw", "sgd"])
+def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
     model = make_model()
-    optimizer = make_optimizer(model, OptimizerConfig())
+    optimizer = make_optimizer(model, OptimizerConfig(name=request.param))
     one_step(model, optimizer)
-    path = tmp_path / "checkpoint" / "last.safetensors"
+    path = tmp_path / "checkpoint" / "step-000000001"
     content = Checkpoint({"step": 1}, Memory(torch.ones(2, 3, 8), torch.zeros(2, 3, 8)), states())
-    save_checkpoint(path, model, content, optimizer=optimizer)
+    save_checkpoint(path, model, optimizer, content, FABRIC)
     return path, model, optimizer
 
 
-def test_model_optimizer_memory_and_random_state_come_back(saved: tuple) -> None:
+def restored(path: Path, model: LanguageModel | None = None) -> Checkpoint:
+    model = make_model() if model is None else model
+    return SavedCheckpoint(path).restore(model, make_optimizer(model, OptimizerConfig()))
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_model_optimizer_memory_and_random_state_come_back(saved: Saved) -> None:
     path, model, optimizer = saved
     expected_random = torch.rand(3)
     other = make_model()
-    other_optimizer = make_optimizer(other, OptimizerConfig())
-    progress, memory, random = load_checkpoint(path, other, other_optimizer)
-    torch.set_rng_state(random["cpu"][0])
+    other_optimizer = make_optimizer(other, OptimizerConfig(name="sgd" if not optimizer.state else "adamw"))
+    checkpoint = SavedCheckpoint(path)
+    assert checkpoint.progress == {"step": 1}
+    progress, memory, random = checkpoint.restore(other, other_optimizer)
+    torch.set_rng_state(random["cpu"][0].clone())
     assert progress == {"step": 1}
-    assert memory is not None
+    assert isinstance(memory, Memory)
     torch.testing.assert_close(memory.x, torch.ones(2, 3, 8))
     torch.testing.assert_close(torch.rand(3), expected_random)
     for _ in range(2):
@@ -69,106 +87,110 @@ def test_model_optimizer_memory_and_random_state_come_back(saved: tuple) -> None
         (TrellisMemory(torch.ones(1), torch.ones(2), torch.ones(3)), (torch.zeros(2),)),
     ],
 )
-def test_memory_of_any_network_comes_back(tmp_path: Path, memory: object) -> None:
-    model = make_model()
-    path = tmp_path / "last.safetensors"
-    save_checkpoint(path, model, Checkpoint({}, memory, states()), optimizer=make_optimizer(model, OptimizerConfig()))
-    back = load_checkpoint(path, model).memory
+def test_memory_of_any_network_comes_back(tmp_path: Path, memory: Any) -> None:
+    model, path = make_model(), tmp_path / "step-1"
+    save_checkpoint(path, model, make_optimizer(model, OptimizerConfig()), Checkpoint({}, memory, states()), FABRIC)
+    back = restored(path, model).memory
     assert type(back) is type(memory)
     torch.testing.assert_close(back, memory)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_checkpoint_cut_short_is_named(saved: tuple, share: float) -> None:
+def shard_of(path: Path) -> Path:
+    return next(path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["manifest", "shard"])
+def test_checkpoint_cut_short_is_named(saved: Saved, name: str, fraction: float) -> None:
     path, _, _ = saved
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match="last.safetensors is damaged"):
-        load_checkpoint(path, make_model())
+    file = path / MANIFEST if name == "manifest" else shard_of(path)
+    file.write_bytes(file.read_bytes()[: int(fraction * file.stat().st_size)])
+    with pytest.raises(ValueError, match="step-000000001 is damaged"):
+        SavedCheckpoint(path)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.3, 0.6, 0.9, 0.9999])
-def test_flipped_bit_is_noticed(saved: tuple, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1, 0.3, 0.6, 0.9, 0.9999])
+@pytest.mark.parametrize("name", ["manifest", "shard"])
+def test_flipped_bit_is_noticed(saved: Saved, name: str, fraction: float) -> None:
     path, _, _ = saved
-    content = bytearray(path.read_bytes())
-    content[int(share * len(content))] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"last.safetensors (is damaged|is no checkpoint|belongs)"):
-        load_checkpoint(path, make_model())
+    file = path / MANIFEST if name == "manifest" else shard_of(path)
+    content = bytearray(file.read_bytes())
+    content[int(fraction * len(content))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="step-000000001 is damaged or is not a checkpoint"):
+        SavedCheckpoint(path)
 
 
-def test_pickle_is_never_loaded(tmp_path: Path) -> None:
+def test_pickle_is_never_loaded(saved: Saved, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / "ran",)
 
-    path = tmp_path / "last.safetensors"
-    path.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match="damaged or is no checkpoint"):
-        load_checkpoint(path, make_model())
+    path, _, _ = saved
+    assert not any(content.startswith(b"\x80") for content in files(path).values())
+    for file in (path / MANIFEST, shard_of(path), path / ".metadata"):
+        file.write_bytes(pickle.dumps(Trap()))
+        with pytest.raises(ValueError, match="damaged or is not a checkpoint"):
+            SavedCheckpoint(path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_checkpoint_of_another_model_is_refused_and_changes_nothing(saved: tuple) -> None:
+@pytest.mark.parametrize("d_model", [16, None])
+def test_checkpoint_of_another_model_is_refused_and_changes_nothing(saved: Saved, d_model: int | None) -> None:
     path, _, _ = saved
-    other = make_model(d_model=16)
-    before = other.embedding.tables[0].clone()
-    with pytest.raises(ValueError, match="belongs to another model"):
-        load_checkpoint(path, other)
-    assert torch.equal(other.embedding.tables[0], before)
+    depth = ModelConfig(layer=TransformerConfig(d_model=8, num_heads=2, d_inner=8), depth=2, tied=False)
+    other = make_model(d_model) if d_model else LanguageModel(7, depth)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="belongs to another model: .* differs"):
+        restored(path, other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
-def test_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "last.safetensors"
-    save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="is damaged or is no checkpoint"):
-        load_checkpoint(path, make_model())
-    write_file(path, {"a": torch.ones(1)}, {"format": "deepeq-checkpoint-1"})
-    with pytest.raises(ValueError, match="no checkpoint of this version"):
-        load_checkpoint(path, make_model())
+def test_missing_and_foreign_folders_are_named(saved: Saved, tmp_path: Path) -> None:
+    path, _, _ = saved
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; has the run saved a checkpoint yet"):
+        SavedCheckpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is damaged or is not a checkpoint"):
+        SavedCheckpoint(tmp_path / "empty")
+    shard_of(path).unlink()
+    with pytest.raises(ValueError, match="is damaged or is not a checkpoint"):
+        SavedCheckpoint(path)
 
 
-def test_checkpoint_without_optimizer_cannot_be_trained_on(tmp_path: Path) -> None:
-    model = make_model()
-    path = tmp_path / "best.safetensors"
-    save_checkpoint(path, model, Checkpoint({}, None, {}))
-    load_checkpoint(path, make_model())
-    with pytest.raises(ValueError, match="holds no optimizer state"):
-        load_checkpoint(path, model, make_optimizer(model, OptimizerConfig()))
-
-
-def test_failed_write_leaves_the_previous_checkpoint_whole(saved: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [SafetensorError("No space left on device"), OSError("No space left on device")])
+def test_failed_write_leaves_the_previous_checkpoint_whole(
+    saved: Saved, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, model, optimizer = saved
-    before = path.read_bytes()
+    before = files(path)
 
     def full_disk(*arguments: object, **options: object) -> None:
-        path.with_name("last.safetensors.tmp").write_bytes(b"half a file")
-        raise SafetensorError("No space left on device")  # what the library makes of it
+        raise failure
 
-    monkeypatch.setattr("deepeq.train.storage.save_file", full_disk)
-    with pytest.raises(OSError, match="last.safetensors cannot be written: No space left"):
-        save_checkpoint(path, model, Checkpoint({"step": 2}, None, states()), optimizer=optimizer)
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir()] == ["last.safetensors"]
+    monkeypatch.setattr("deepeq.train.checkpoint.save", full_disk)
+    with pytest.raises(OSError, match="step-000000001 cannot be written: No space left"):
+        save_checkpoint(path, model, optimizer, Checkpoint({"step": 2}, None, states()), FABRIC)
+    assert files(path) == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("damage", ["progress", "memory", "structure", "random"])
-def test_checkpoint_with_a_part_missing_is_damaged_and_changes_nothing(saved: tuple, damage: str) -> None:
-    path, model, _ = saved
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {"memory.0": torch.ones(1), "memory.1": torch.ones(1), "random.cpu": states()["cpu"]}
-    metadata = {"format": FORMAT, "progress": "{}", "memory": '["Memory", 0, 1]'}
-    if damage == "progress":
-        del metadata["progress"]
-    elif damage == "memory":
-        del tensors["memory.1"]
-    elif damage == "structure":
-        metadata["memory"] = '["Elsewhere", 0]'
-    else:
-        tensors["random.cpu"] = torch.zeros(1, 3, dtype=torch.uint8)
-    write_file(path, tensors, metadata)
-    other = make_model()
-    before = other.embedding.tables[0].clone()
-    with pytest.raises(ValueError, match="last.safetensors is damaged"):
-        load_checkpoint(path, other, make_optimizer(other, OptimizerConfig()))
-    assert torch.equal(other.embedding.tables[0], before)
+def test_written_again_replaces_and_leaves_nothing_else(saved: Saved) -> None:
+    path, model, optimizer = saved
+    path.with_name(f"{path.name}.tmp").mkdir()  # left by a killed process
+    (path.with_name(f"{path.name}.tmp") / "rest").write_bytes(b"half a file")
+    save_checkpoint(path, model, optimizer, Checkpoint({"step": 2}, None, states()), FABRIC)
+    assert SavedCheckpoint(path).progress == {"step": 2}
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    copy = path.with_name("copy")
+    shutil.copytree(path, copy)
+    assert restored(copy).memory is None
+
+
+@pytest.mark.parametrize("change", [{"memory": ["Elsewhere", 0]}, {"format": "deepeq-checkpoint-9"}, {"more": 1}])
+def test_edited_manifest_is_noticed(saved: Saved, change: dict) -> None:
+    path, _, _ = saved
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | change))
+    with pytest.raises(ValueError, match="the checksum of manifest.json differs"):
+        SavedCheckpoint(path)

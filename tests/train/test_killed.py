@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on to the same numbers, bit for bit."""
+"""A run that is killed at any moment continues to the same numbers, bit for bit."""
 
 import os
 import random
@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deepeq.train import RunConfig
-from deepeq.train.config import save_config
-from deepeq.train.metrics import read_metrics
+from deepeq.train import RunConfig, read_metrics, save_config
 from tests.train.conftest import with_train
 
 TIMES = ("seconds", "tokens_per_second", "peak_memory_mb")

@@ -1,4 +1,4 @@
-"""The training loop: what it writes, how it stops, how it goes on."""
+"""The training loop: what it writes, how it stops, how it continues."""
 
 import json
 import math
@@ -17,12 +17,25 @@ from deepeq.cli import main
 from deepeq.data import CopyMemoryConfig, DataConfig
 from deepeq.models import RecurrentConfig, TCNConfig, TrellisConfig
 from deepeq.nn import AdaptiveSoftmax
-from deepeq.train import Interrupted, RunConfig, RunFolder, Trainer, TrainingError, evaluate, plot_run, train
-from deepeq.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from deepeq.train.config import EquilibriumConfig
-from deepeq.train.metrics import read_metrics
-from deepeq.train.schedules import Geometric, Linear
-from tests.train.conftest import shorten_endings, tiny_run, with_layer, with_run, with_train
+from deepeq.train import (
+    EquilibriumConfig,
+    Geometric,
+    Interrupted,
+    Linear,
+    RunConfig,
+    RunFolder,
+    TrainingError,
+    evaluate,
+    load_config,
+    open_model,
+    plot_run,
+    read_metrics,
+)
+from deepeq.train import train as train_run
+from deepeq.train.checkpoint import SavedCheckpoint
+from deepeq.train.logging import open_loggers
+from deepeq.train.pretrained import save_model
+from tests.train.conftest import make_trainer, tiny_run, train, with_layer, with_run, with_train
 
 
 class Trap:
@@ -39,22 +52,30 @@ def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
     return [(row["step"], row["nll"]) for row in read_metrics(folder / "metrics.jsonl") if row["split"] == split]
 
 
-def test_run_learns_and_writes_what_it_promises(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # with its figures and its sample
+def fit(config: RunConfig) -> list[tuple[int, float]]:
+    """Train without the evaluation of the end, and return the training losses."""
+    trainer = make_trainer(config)
+    with open_loggers(config, trainer.folder.path, 0) as loggers:
+        trainer.fit(loggers)
+    return losses(trainer.folder.path)
+
+
+def test_run_learns_and_writes_what_it_promises(config: RunConfig) -> None:
     config = with_train(config, steps=200, eval_every=100)
-    result = train(config)
+    result = train_run(config)
+    assert result is not None
     folder = RunFolder(Path(result["run_dir"]))
     assert result["test_bits_per_character"] < result["baseline_bits_per_character"] - 0.5
     assert result["num_steps"] == 200
-    assert result["num_params"] == folder.load_model()[2].num_params
+    assert result["num_params"] == open_model(folder.path).model.num_params
     assert json.loads(folder.result.read_text()) == result
-    for path in (folder.config, folder.vocabulary, folder.metrics, folder.best, folder.last, folder.sample):
+    for path in (folder.config, folder.metrics, folder.best / "tokenizer.json", folder.last, folder.sample):
         assert path.stat().st_size > 0
     assert {path.stem for path in folder.figures.iterdir()} == {"loss", "steps", "convergence"}
     assert list(folder.path.glob("events.out.tfevents*"))
     rows = read_metrics(folder.metrics)
-    warm = [row for row in rows if row["split"] == "train" and row["warm_up"]]
-    rest = [row for row in rows if row["split"] == "train" and not row["warm_up"]]
+    warm = [row for row in rows if row["split"] == "train" and row["pretraining"]]
+    rest = [row for row in rows if row["split"] == "train" and not row["pretraining"]]
     assert [row["step"] for row in warm] == list(range(1, 61))
     assert {row["forward_steps"] for row in warm} == {3.0}
     assert all("backward_steps" not in row for row in warm)
@@ -65,43 +86,46 @@ def test_run_learns_and_writes_what_it_promises(config: RunConfig, monkeypatch: 
     assert sum("jacobian_penalty" in row for row in rest) == 70
 
 
-def test_resumed_run_has_the_losses_of_an_uninterrupted_one(config: RunConfig, tmp_path: Path) -> None:
+def test_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(with_run(config, dir=str(tmp_path / "whole")))
     halves = with_run(config, dir=str(tmp_path / "halves"))
-    trainer = Trainer(halves, RunFolder(Path(halves.run.dir or "")))
-    original, count = trainer._take_step, iter(range(1, 100))
+    trainer = make_trainer(halves)
+    original = trainer.optimizer_step.run
 
-    def killed_after_seven_steps() -> int:
-        if next(count) == 8:
+    def killed_after_seven_steps(step: int, validations: list[float]) -> int:
+        if step == 7:
             raise KeyboardInterrupt
-        return original()
+        return original(step, validations)
 
-    trainer._take_step = killed_after_seven_steps
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+    monkeypatch.setattr(trainer.optimizer_step, "run", killed_after_seven_steps)
+    with pytest.raises(KeyboardInterrupt), open_loggers(halves, trainer.folder.path, 0) as loggers:
+        trainer.fit(loggers)
     assert [step for step, _ in losses(tmp_path / "halves")][-1] == 7
     train(halves, resume="yes")  # from the checkpoint of step 5
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     assert losses(tmp_path / "halves", "test") == losses(tmp_path / "whole", "test")
 
 
-def test_ctrl_c_finishes_the_step_and_saves(config: RunConfig) -> None:
-    trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
-    original = trainer._take_step
+def test_ctrl_c_finishes_the_step_and_saves(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(config)
+    original = trainer.optimizer_step.run
 
-    def interrupted_in_the_third_step() -> int:
-        if trainer.step == 2:
+    def interrupted_in_the_third_step(step: int, validations: list[float]) -> int:
+        if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return original()
+        return original(step, validations)
 
-    trainer._take_step = interrupted_in_the_third_step
+    monkeypatch.setattr(trainer.optimizer_step, "run", interrupted_in_the_third_step)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped at step 3 of 12; go on with: deepeq train --config"):
-        trainer.fit()
+    sentence = "stopped at step 3 of 12; continue with: deepeq train --config"
+    with pytest.raises(Interrupted, match=sentence), open_loggers(config, trainer.folder.path, 0) as loggers:
+        trainer.fit(loggers)
     assert signal.getsignal(signal.SIGINT) is before
-    resumed = Trainer(config, trainer.folder, resume=True)
-    assert resumed.step == 3
-    resumed.fit()
+    assert trainer.folder.last is not None
+    assert SavedCheckpoint(trainer.folder.last).progress["step"] == 3
+    train(config, resume="yes")
     assert [step for step, _ in losses(trainer.folder.path)] == list(range(1, 13))
 
 
@@ -109,20 +133,24 @@ def test_ctrl_c_finishes_the_step_and_saves(config: RunConfig) -> None:
 def test_non_finite_value_stops_before_the_optimizer(
     config: RunConfig, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
-    trainer.warm_up_steps = 0
+    trainer = make_trainer(replace(config, equilibrium=replace(config.equilibrium, pretrain_fraction=0.0)))
     before = [p.detach().clone() for p in trainer.model.parameters()]
     if where == "loss":
         monkeypatch.setattr(AdaptiveSoftmax, "nll", lambda self, hidden, targets: hidden.sum(dim=2) * math.nan)
     elif where == "gradient":
         trainer.model.embedding.tables[0].register_hook(lambda gradient: gradient * math.inf)
     else:
-        trainer.model.network.core.cell.register_forward_hook(lambda cell, arguments, z: z * math.nan)
+        trainer.model.network.cell.register_forward_hook(lambda cell, arguments, z: z * math.nan)
     with pytest.raises(TrainingError, match=r"step 1: .*(nan|inf|non-finite)"):
         trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert trainer.folder.last is not None
-    assert load_checkpoint(trainer.folder.last, trainer.model).progress["step"] == 0
+    assert SavedCheckpoint(trainer.folder.last).progress["step"] == 0
+
+
+def contents(folder: Path | None) -> dict[str, bytes]:
+    assert folder is not None
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_folder_in_use_and_missing_checkpoint_are_refused(config: RunConfig) -> None:
@@ -135,9 +163,9 @@ def test_folder_in_use_and_missing_checkpoint_are_refused(config: RunConfig) -> 
         train(with_run(config, dir=None), resume="auto")
 
 
-def test_run_killed_before_its_first_checkpoint_goes_on(config: RunConfig) -> None:
-    trainer = Trainer(with_train(config, checkpoint_every=100), RunFolder(Path(config.run.dir or "")))
-    trainer._validate = lambda: os.kill(os.getpid(), signal.SIGTERM) or 1 / 0
+def test_run_killed_before_its_first_checkpoint_continues(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(with_train(config, checkpoint_every=100))
+    monkeypatch.setattr(trainer, "evaluate", lambda split: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.fit()
     assert train(config, resume="auto")["num_steps"] == 12
@@ -146,7 +174,7 @@ def test_run_killed_before_its_first_checkpoint_goes_on(config: RunConfig) -> No
 def test_the_last_checkpoints_and_the_best_are_kept(config: RunConfig) -> None:
     train(with_train(config, checkpoint_every=3, keep_checkpoints=3))
     folder = RunFolder(Path(config.run.dir or ""))
-    assert folder.saved == [folder.at_step(step, sharded=False) for step in (6, 9, 12)]
+    assert folder.saved == [folder.at_step(step) for step in (6, 9, 12)]
     assert folder.best.exists()
 
 
@@ -154,9 +182,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(config: RunConfig) -> None:
 def trained(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the run that `config` describes, to copy."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        shorten_endings(patch)
-        train(tiny_run(text_file, path))
+    train(tiny_run(text_file, path))
     return path
 
 
@@ -166,22 +192,23 @@ def test_damaged_checkpoint_is_one_sentence_and_the_one_before_goes_on(
 ) -> None:
     folder = RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
     result = json.loads(folder.result.read_text())
-    newest, before = folder.at_step(12, sharded=False), folder.at_step(10, sharded=False)
-    content, intact = bytearray(newest.read_bytes()), before.read_bytes()
+    newest, before = folder.at_step(12), folder.at_step(10)
+    (shard,), (intact,) = newest.glob("*.safetensors"), before.glob("*.safetensors")
+    content, untouched = bytearray(shard.read_bytes()), intact.read_bytes()
     content[len(content) // 2] ^= 64
     trap = pickle.dumps(Trap(tmp_path / "ran"))
-    newest.write_bytes({"cut": content[:-100], "flipped": content, "empty": b"", "pickle": trap}[damage])
+    shard.write_bytes({"cut": content[:-100], "flipped": content, "empty": b"", "pickle": trap}[damage])
     command = ["train", "--config", str(folder.config), "--run.dir", str(folder.path), "--resume", "auto"]
     capsys.readouterr()
     assert main(command) == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert f"{newest} is damaged" in message
-    assert f"delete it to go on from {before.name}" in message
-    assert before.read_bytes() == intact
+    assert f"delete it to continue from {before.name}" in message
+    assert intact.read_bytes() == untouched
     assert not (tmp_path / "ran").exists()
-    newest.unlink()
-    assert main(command) == 0
-    assert json.loads(capsys.readouterr().out)["test_bits_per_character"] == result["test_bits_per_character"]
+    shutil.rmtree(newest)
+    again = train(load_config(folder.config), resume="auto")
+    assert again["test_bits_per_character"] == result["test_bits_per_character"]
 
 
 def test_resuming_tells_what_has_changed_and_refuses_what_cannot(
@@ -192,13 +219,13 @@ def test_resuming_tells_what_has_changed_and_refuses_what_cannot(
         train(replace(config, optimizer=replace(config.optimizer, name="sgd")), resume="yes")
     capsys.readouterr()
     train(replace(config, optimizer=replace(config.optimizer, lr=1e-3)), resume="yes")
-    assert "goes on with another optimizer.lr, train.steps" in capsys.readouterr().err
+    assert "continues with another optimizer.lr, train.steps" in capsys.readouterr().err
 
 
 def test_run_in_float64_is_loaded_and_evaluated_in_float64(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exact = replace(config.equilibrium, evaluation=Broyden(rtol=1e-10, max_steps=100))
+    exact = replace(config.equilibrium, eval_solver=Broyden(rtol=1e-10, max_steps=100))
     result = train(with_train(replace(config, equilibrium=exact), precision="64-true", steps=1))
     capsys.readouterr()
     assert main(["eval", "--run", str(config.run.dir)]) == 0
@@ -214,7 +241,7 @@ def test_resuming_another_run_is_refused_and_changes_nothing(config: RunConfig, 
     config = replace(config, data=replace(config.data, files=(str(own),)))
     train(with_train(config, steps=4))
     folder = RunFolder(Path(config.run.dir or ""))
-    before = folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes()
+    before = folder.config.read_text(), folder.metrics.read_text(), contents(folder.last)
     other = config
     if part == "model":
         other = with_layer(other, d_inner=16)
@@ -227,7 +254,7 @@ def test_resuming_another_run_is_refused_and_changes_nothing(config: RunConfig, 
     message = {"model": "another model.layer", "train": "another train.segment_len", "text": "text .* has changed"}
     with pytest.raises(ValueError, match=message.get(part, "past train.steps=2")):
         train(other, resume="yes")
-    assert before == (folder.config.read_text(), folder.metrics.read_text(), folder.last.read_bytes())
+    assert before == (folder.config.read_text(), folder.metrics.read_text(), contents(folder.last))
 
 
 def test_resuming_a_finished_run_repeats_its_result(config: RunConfig) -> None:
@@ -251,10 +278,10 @@ def test_damaged_parameters_fail_the_command_with_one_sentence(
 ) -> None:
     train(with_train(config, steps=1))
     folder = RunFolder(Path(config.run.dir or ""))
-    _, _, model = folder.load_model()
+    trained = open_model(folder.path)
     with torch.no_grad():
-        model.embedding.tables[0].fill_(math.nan)
-    save_checkpoint(folder.best, model, Checkpoint({}, None, {}))
+        trained.model.embedding.tables[0].fill_(math.nan)
+    save_model(folder.best, trained)
     capsys.readouterr()
     for command in (["eval"], ["generate", "--prompt", "a"]):
         assert main([*command, "--run", str(folder.path)]) == 1
@@ -262,28 +289,26 @@ def test_damaged_parameters_fail_the_command_with_one_sentence(
 
 
 def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_path: Path) -> None:
-    solver, backward = config.equilibrium.solver, config.equilibrium.backward
+    solver, backward = config.equilibrium.solver, config.equilibrium.backward_solver
     variants = {
         "base": {},
         "solver": {"solver": replace(solver, max_steps=3)},
-        "backward": {"backward": replace(backward, max_steps=2)},
-        "warm_up_share": {"warm_up_share": 0.0},
-        "warm_up_depth": {"warm_up_depth": 2},
-        "warm_up_depth_schedule": {"warm_up_depth_schedule": Linear(end=2.0)},
+        "backward_solver": {"backward_solver": replace(backward, max_steps=2)},
+        "pretrain_fraction": {"pretrain_fraction": 0.0},
+        "pretrain_depth": {"pretrain_depth": 2},
+        "pretrain_depth_schedule": {"pretrain_depth_schedule": Linear(end=2.0)},
         "jacobian_weight": {"jacobian_weight": 0.0},
-        "jacobian_share": {"jacobian_share": 1.0},
+        "jacobian_fraction": {"jacobian_fraction": 1.0},
         "jacobian_schedule": {"jacobian_schedule": Linear(end=5.0)},
         "tolerance_schedule": {"tolerance_schedule": Geometric(start=20.0, end=1.0)},
         "step_limit_schedule": {"step_limit_schedule": Linear(start=0.3, end=1.0)},
-        "subsequence_len": {"subsequence_len": 3, "jacobian_weight": 0.0},
+        "piece_len": {"piece_len": 3, "jacobian_weight": 0.0},
     }
     seen = {}
     config = with_train(config, steps=9, eval_every=9)
     for name, values in variants.items():
         variant = replace(config, equilibrium=replace(config.equilibrium, **values))
-        folder = tmp_path / name
-        Trainer(with_run(variant, dir=str(folder)), RunFolder(folder)).fit()
-        seen[name] = losses(folder)[-1][1]
+        seen[name] = fit(with_run(variant, dir=str(tmp_path / name)))[-1][1]
     assert len(set(seen.values())) == len(seen), seen
 
 
@@ -303,7 +328,9 @@ EXPLICIT = {
 
 
 @pytest.mark.parametrize("name", EXPLICIT)
-def test_every_network_trains_and_resumes_to_the_same_losses(config: RunConfig, name: str, tmp_path: Path) -> None:
+def test_every_network_trains_and_resumes_to_the_same_losses(
+    config: RunConfig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, values = EXPLICIT[name]
     config = replace(
         config,
@@ -313,10 +340,17 @@ def test_every_network_trains_and_resumes_to_the_same_losses(config: RunConfig, 
     whole = train(with_run(config, dir=str(tmp_path / "whole")))
     assert ("test_unconverged" in whole) == (name in ("trellis", "dropout"))
     halves = with_run(config, dir=str(tmp_path / "halves"))
-    first = Trainer(halves, RunFolder(tmp_path / "halves"))
-    first._validate = lambda: os.kill(os.getpid(), signal.SIGINT)  # after step 6
-    with pytest.raises(Interrupted):
-        first.fit()
+    first = make_trainer(halves)
+    original = first.optimizer_step.run
+
+    def interrupted_in_the_sixth_step(step: int, validations: list[float]) -> int:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(step, validations)
+
+    monkeypatch.setattr(first.optimizer_step, "run", interrupted_in_the_sixth_step)
+    with pytest.raises(Interrupted), open_loggers(halves, first.folder.path, 0) as loggers:
+        first.fit(loggers)
     train(halves, resume="yes")
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
@@ -343,7 +377,7 @@ def test_copy_memory_trains_and_is_measured_in_its_own_loss(
     assert main(["eval", "--run", str(config.run.dir)]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["test_loss"])
     assert main(["generate", "--run", str(config.run.dir), "--prompt", "1"]) == 2
-    assert "no text to continue" in capsys.readouterr().err
+    assert "not text to continue" in capsys.readouterr().err
 
 
 def test_equilibrium_section_of_an_explicit_network_is_refused(config: RunConfig) -> None:
@@ -354,9 +388,7 @@ def test_equilibrium_section_of_an_explicit_network_is_refused(config: RunConfig
 def test_bfloat16_training_stays_close_to_float32(config: RunConfig, tmp_path: Path) -> None:
     final = {}
     for precision in ("32-true", "bf16-mixed"):
-        folder = tmp_path / precision
-        Trainer(with_run(with_train(config, precision=precision), dir=str(folder)), RunFolder(folder)).fit()
-        final[precision] = losses(folder)[-1][1]
+        final[precision] = fit(with_run(with_train(config, precision=precision), dir=str(tmp_path / precision)))[-1][1]
     assert final["bf16-mixed"] != final["32-true"]
     assert final["bf16-mixed"] == pytest.approx(final["32-true"], rel=0.05)
 
@@ -420,13 +452,13 @@ def test_changed_text_is_noticed_before_evaluation(
 
 def test_plot_without_measurements_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds no line of training yet"):
+    with pytest.raises(ValueError, match="holds no row of training yet"):
         plot_run(tmp_path)
 
 
 def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
-    trainer = Trainer(config, RunFolder(Path(config.run.dir or "")))
-    stream = trainer.batches["valid"]
+    trainer = make_trainer(config)
+    stream = trainer.batches("valid")
     lengths = {targets.shape[1] for _, targets in stream}
     assert len(lengths) == 2  # the last segment is shorter
     values, memory, total = evaluate(trainer.model, stream), None, 0.0

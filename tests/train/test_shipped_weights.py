@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepeq import DEQ, Anderson, Broyden, FixedPointIteration, Solver
+from deepeq import Anderson, Broyden, Equilibrium, FixedPointIteration, Solver
 from deepeq.data import CopyMemory, CopyMemoryConfig
-from deepeq.models import TiedNetwork
-from deepeq.train.hub import open_model
+from deepeq.train import open_model
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "pretrained" / "copy_memory"
@@ -28,13 +27,13 @@ def test_measured_loss_is_below_that_of_the_paper() -> None:
 
 
 def test_shipped_equilibrium_copies_across_400_blanks() -> None:
-    config, vocabulary, model = open_model(FOLDER)
-    assert vocabulary is None
-    assert config.data.copy_memory == CopyMemoryConfig()  # T = 400, 2,000 sequences to test on
-    assert model.num_params <= MOST_PARAMETERS
-    tokens, targets = (ids[:40] for ids in CopyMemory(config.data.copy_memory).sequences("test"))
+    trained = open_model(FOLDER)
+    assert trained.tokenizer is None
+    assert trained.config.data.copy_memory == CopyMemoryConfig()  # T = 400, 2,000 sequences to test on
+    assert trained.model.num_params <= MOST_PARAMETERS
+    tokens, targets = (ids[:40] for ids in CopyMemory().sequences("test"))
     with torch.no_grad():
-        output = model(tokens, None, targets)
+        output = trained.model(tokens, None, targets, how=trained.how)
     assert output.nll is not None
     assert output.nll.max() <= MOST_LOSS_OF_A_TOKEN
     assert output.nll.mean() <= MOST_LOSS
@@ -51,14 +50,12 @@ def test_shipped_equilibrium_copies_across_400_blanks() -> None:
     ids=lambda solver: type(solver).__name__,
 )
 def test_shipped_equilibrium_is_nearly_one_whichever_solver_looks_for_it(solver: Solver) -> None:
-    config, _, model = open_model(FOLDER)
-    tokens, targets = (ids[:4] for ids in CopyMemory(config.data.copy_memory).sequences("test"))
-    assert isinstance(model.network, TiedNetwork)
-    assert isinstance(model.network.core, DEQ)
+    trained = open_model(FOLDER)
+    tokens, targets = (ids[:4] for ids in CopyMemory().sequences("test"))
     with torch.no_grad():
-        shipped = model(tokens, None, targets)
-        model.network.core.solver = solver
-        output = model(tokens, None, targets)
+        shipped, output = (
+            trained.model(tokens, None, targets, how=how) for how in (trained.how, Equilibrium(solver=solver))
+        )
     assert output.solution.converged.all()
     assert output.nll.max() <= MOST_LOSS_OF_A_TOKEN
     assert output.nll.mean() <= MOST_LOSS

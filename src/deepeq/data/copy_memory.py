@@ -25,20 +25,19 @@ class CopyMemoryConfig:
     """Size and seed of the copy-memory task; the defaults are those of Bai et al. (2019), table 1.
 
     Raises:
-        ValueError: a size is not a positive integer, or the seed not an integer from 0 to 2^63 - 1.
+        ValueError: A size is not a positive integer, or the seed not an integer from 0 to 2^63 - 1.
     """
 
     blank_len: int = 400
     """T: the digits are seen in positions 1 to 10 and asked for in T + 11 to T + 20."""
     num_train: int = 20_000
-    """Sequences to train on."""
+    """Number of sequences to train on."""
     num_test: int = 2_000
-    """Sequences to test on, and as many others for validation."""
+    """Number of sequences to test on, and of others to validate on."""
     seed: int = 0
-    """Of the digits, and of the order of the training sequences."""
+    """Seed of the digits, and of the order of the training sequences."""
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         problems = [
             f"data.copy_memory.{name} must be a positive integer, got {value!r}"
             for name, value in (
@@ -51,15 +50,15 @@ class CopyMemoryConfig:
         if not isinstance(self.seed, int) or not 0 <= self.seed <= _MAX_SEED:
             problems.append(f"data.copy_memory.seed must be an integer in 0 .. 2^63 - 1, got {self.seed!r}")
         if problems:
-            raise ValueError("; ".join(problems) + ".")
+            raise ValueError("; ".join(problems))
 
 
 @dataclass(frozen=True, eq=False)
 class CopyMemory:
     """The copy-memory task, in three splits that the configuration determines, the same on every machine.
 
-    A sequence x of T + 20 positions holds ten digits drawn uniformly from 1 to 8, then blanks (0) but for one
-    delimiter: x[T+10] = 9, positions counted from 1. The targets are y[1 : T+10] = 0 and
+    A sequence x of T + 20 positions holds ten digits drawn uniformly from 1 to 8, then blanks (0) except one
+    delimiter: x[T+10] = 9, with positions counted from 1. The targets are y[1 : T+10] = 0 and
     y[T+11 : T+20] = x[1 : 10]. The loss is the mean cross-entropy over all T + 20 positions.
 
     References:
@@ -69,14 +68,13 @@ class CopyMemory:
 
     config: CopyMemoryConfig = field(default_factory=CopyMemoryConfig)
     name: str = field(default="copy_memory", init=False)
-    level: str = field(default="symbol", init=False)
+    unit: str = field(default="symbol", init=False)
     vocab_size: int = field(default=NUM_SYMBOLS, init=False)
-    vocabulary: None = field(default=None, init=False)
+    tokenizer: None = field(default=None, init=False)
     """None: the symbols are numbers, there is no text to decode."""
     _digits: dict[Split, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Draw the digits of the three splits."""
         generator = torch.Generator().manual_seed(self.config.seed)
         digits = {
             split: torch.randint(1, 9, (num, _NUM_DIGITS), generator=generator)
@@ -90,7 +88,7 @@ class CopyMemory:
 
     @property
     def sequence_len(self) -> int:
-        """The positions of a sequence, T + 20."""
+        """Number of positions of a sequence, T + 20."""
         return self.config.blank_len + 2 * _NUM_DIGITS
 
     @property
@@ -111,6 +109,9 @@ class CopyMemory:
         targets[:, -_NUM_DIGITS:] = digits
         return inputs, targets
 
+    def bytes_per_token(self, split: Split) -> None:
+        """Return None: symbols are not text."""
+
     def stream(self, split: Split, *, batch_size: int, segment_len: int) -> SequenceBatches:
         """Return the batches of a split; `segment` draws training sequences in another order in every epoch.
 
@@ -120,7 +121,7 @@ class CopyMemory:
         if segment_len != self.sequence_len:
             raise ValueError(
                 f"segment_len must be {self.sequence_len} (data.copy_memory.blank_len + 20), as sequences of "
-                f"copy_memory are not cut, got {segment_len}."
+                f"copy_memory are not cut, got {segment_len}"
             )
         inputs, targets = self.sequences(split)
         seed = self.config.seed if split == "train" else None
@@ -128,9 +129,9 @@ class CopyMemory:
 
 
 def copy_memory_baseline(blank_len: int) -> float:
-    """Return the loss, in nats a position, of predicting blanks for sure and then digits uniformly.
+    """Return the loss, in nats per position, of predicting blanks with certainty and then digits uniformly.
 
-    `10 ln 8 / (T + 20)`: what a model without memory can reach.
+    `10 ln 8 / (T + 20)` is what a model without memory can reach.
 
     Raises:
         ValueError: blank_len is not a positive integer.

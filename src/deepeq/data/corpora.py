@@ -1,26 +1,36 @@
-"""Corpora: a text in three splits (training, validation, test) and the vocabulary of its training split.
+"""Corpora: a text as ids in three splits with its tokenizer, prepared where that is needed, or downloaded.
 
-Shapes: N tokens of one split, V size of the vocabulary.
+Letters: N tokens of one split, V size of the vocabulary.
 """
 
+import hashlib
+import json
 import os
+import shutil
+import time
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import pooch
 import torch
 from torch import Tensor
 
-from deepeq.data.batches import Batches, Split
-from deepeq.data.config import DataConfig
+from deepeq.data.batches import SPLITS, Batches, SegmentStream, Split
+from deepeq.data.config import PUBLISHED, Archive, DataConfig, PublishedName
 from deepeq.data.copy_memory import CopyMemory
-from deepeq.data.files import Progress
-from deepeq.data.prepared import Record, open_prepared, prepare
-from deepeq.data.published import PUBLISHED
-from deepeq.data.segments import SegmentStream
-from deepeq.data.sources import cached_folder, find
-from deepeq.data.text import Text
-from deepeq.data.vocabulary import Level, Vocabulary
+from deepeq.data.preparation import RECORD, Record, open_prepared, prepare
+from deepeq.data.text import Text, find_in_folder, find_text, published_folder, split_files, text_folder
+from deepeq.data.tokenizer import Tokenizer, Unit
+from deepeq.files import Progress
+
+PREPARED = "prepared"
+"""Name of the prepared corpus inside the folder of its text."""
+
+_CHUNK_BYTES = 1 << 20
+_USER_AGENT = "deepeq"  # One of the hosts refuses the default of Python's libraries.
 
 
 class DataSource(Protocol):
@@ -28,12 +38,12 @@ class DataSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What the data is called."""
+        """Name of the data."""
         ...
 
     @property
-    def level(self) -> str:
-        """What one token is: `character`, `word` or `symbol`."""
+    def unit(self) -> str:
+        """What one token is: `character`, `word`, `bpe` or `symbol`."""
         ...
 
     @property
@@ -42,13 +52,17 @@ class DataSource(Protocol):
         ...
 
     @property
-    def vocabulary(self) -> Vocabulary | None:
+    def tokenizer(self) -> Tokenizer | None:
         """The map between text and ids, or None if there is no text."""
         ...
 
     @property
     def fingerprint(self) -> str:
         """A checksum that tells this data from any other."""
+        ...
+
+    def bytes_per_token(self, split: Split) -> float | None:
+        """Return the UTF-8 bytes per token of a split of byte pairs; None for other units."""
         ...
 
     def stream(self, split: Split, *, batch_size: int, segment_len: int) -> Batches:
@@ -58,35 +72,41 @@ class DataSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text as ids: three splits, each a memory map (N,) int32, and the vocabulary of the first."""
+    """A text as ids: three splits, each a memory map (N,) int32, and the tokenizer of the first."""
 
     name: str
-    vocabulary: Vocabulary
+    tokenizer: Tokenizer
     train: Tensor
     valid: Tensor
     test: Tensor
     fingerprint: str
-    """A checksum of the vocabulary and all ids."""
+    """A checksum of the tokenizer and all ids."""
+    num_bytes: dict[Split, int]
+    """Size of each split's text in UTF-8."""
 
     @property
-    def level(self) -> Level:
+    def unit(self) -> Unit:
         """What one token is."""
-        return self.vocabulary.level
+        return self.tokenizer.unit
 
     @property
     def vocab_size(self) -> int:
         """V, the number of types."""
-        return len(self.vocabulary)
+        return len(self.tokenizer)
 
     def split(self, split: Split) -> Tensor:
         """Return the ids of a split, (N,) int32."""
         return {"train": self.train, "valid": self.valid, "test": self.test}[split]
 
+    def bytes_per_token(self, split: Split) -> float | None:
+        """Return the UTF-8 bytes per token of a split of byte pairs; None for other units."""
+        return self.num_bytes[split] / len(self.split(split)) if self.unit == "bpe" else None
+
     def stream(self, split: Split, *, batch_size: int, segment_len: int) -> SegmentStream:
         """Return a split as batch_size parallel streams, cut into segments of segment_len tokens.
 
         Raises:
-            ValueError: the split is too short for batch_size streams, or a number is not a positive integer.
+            ValueError: The split is too short for batch_size streams, or a number is not a positive integer.
         """
         return SegmentStream(self.split(split), batch_size=batch_size, segment_len=segment_len)
 
@@ -94,90 +114,261 @@ class Corpus:
 def load_corpus(config: DataConfig, *, progress: Progress | None = None) -> Corpus | CopyMemory:
     """Return the data that a configuration names; a text that is not prepared yet is prepared in the cache.
 
-    The language reference and the user's files are split 80/10/10 by characters in reading order, for words
-    at the ends of lines nearest to that; every split is encoded by the training split's vocabulary. A published
-    corpus must have the published number of types and tokens.
+    Every split is encoded by the training split's tokenizer. A published corpus must have the published number of types
+    and tokens.
+
+    Args:
+        config: Which data.
+        progress: Called with what is being done, and the fraction of it that is done.
 
     Raises:
-        OSError: a file or folder is missing, or the cache cannot be written.
-        ValueError: a file is empty or not UTF-8, a split has fewer than two tokens, a prepared file is damaged, or
-            the text is not the one that its name says.
+        OSError: A file or folder is missing, or the cache cannot be written.
+        ValueError: A file is empty or not UTF-8, a split has fewer than two tokens, a prepared file is damaged, or the
+            text is not the one that its name says.
     """
     if config.is_copy_memory:
         return CopyMemory(config.copy_memory)
-    found = find(config)
-    folder = found if isinstance(found, Path) else cached_folder(found, config.cache)
-    if not isinstance(found, Path) and not folder.exists():
-        _prepare_in_cache(found, folder, progress)
-    record, vocabulary, ids = open_prepared(folder)
+    folder = None
+    if not config.files and config.corpus != "pydoc":
+        folder = _prepared_folder(text_folder(config), config)
+    if folder is None:
+        folder = _prepared_in_cache(find_text(config), config, progress)
+    record, tokenizer, ids = open_prepared(folder)
     if not config.files:
-        check_identity(record, folder, config)
-    return Corpus(record.name, vocabulary, ids["train"], ids["valid"], ids["test"], record.fingerprint)
-
-
-def check_identity(record: Record, folder: Path, config: DataConfig) -> None:
-    """Check that a prepared text is the one that a configuration names.
-
-    Raises:
-        ValueError: its level, its name, or the number of its types or tokens is another.
-    """
-    if record.level != config.level:
-        raise ValueError(
-            f"{folder} holds {record.level}s, but data.level is {config.level!r}; set data.level to {record.level!r}."
-        )
-    if config.corpus not in PUBLISHED:
-        return
-    if record.name != config.corpus:
-        raise ValueError(
-            f"{folder} holds the corpus {record.name!r}, but data.corpus is {config.corpus!r}; set data.corpus to "
-            f"{record.name if record.name in PUBLISHED else 'folder'!r}."
-        )
-    differences = PUBLISHED[config.corpus].differences(record.vocab_size, record.splits)
-    if differences:
-        raise ValueError(
-            f"{folder} holds {', '.join(differences)}, so it is not {PUBLISHED[config.corpus].title}; "
-            "get the published text, or set data.corpus to 'folder' for a text of your own."
-        )
+        _check_identity(record, folder, config)
+    num_bytes: dict[Split, int] = {split: record.splits[split].num_bytes for split in SPLITS}
+    return Corpus(record.name, tokenizer, ids["train"], ids["valid"], ids["test"], record.fingerprint, num_bytes)
 
 
 def unigram_bits(train_ids: Tensor, test_ids: Tensor, vocab_size: int) -> float:
-    """Return the cross-entropy of test ids, in bits a token, under the training ids' counts plus one each.
+    """Return the cross-entropy of test ids, in bits per token, under the training ids' counts plus one each.
 
-    A model that learned how frequent tokens are, and nothing of their order, reaches this; others should do
-    better.
+    A model that learned how frequent tokens are, and nothing of their order, reaches this.
 
     Args:
-        train_ids: (N,) integers in 0 .. vocab_size-1.
+        train_ids: (N,) integers in 0 .. vocab_size - 1.
         test_ids: The same, at least one.
         vocab_size: V, the number of types.
 
     Raises:
-        ValueError: ids are not one-dimensional or lie outside 0 .. vocab_size-1, or there are no test ids.
+        ValueError: Ids are not one-dimensional or lie outside 0 .. vocab_size - 1, or there are no test ids.
 
     References:
         Laplace's rule of succession: p(token) = (count + 1) / (N + V).
     """
     for name, ids in (("train_ids", train_ids), ("test_ids", test_ids)):
         if ids.ndim != 1:
-            raise ValueError(f"{name} must be one-dimensional, got the shape {tuple(ids.shape)}.")
+            raise ValueError(f"{name} must be one-dimensional, got the shape {tuple(ids.shape)}")
         if ids.numel() and not (ids.min() >= 0 and ids.max() < vocab_size):
             low, high = int(ids.min()), int(ids.max())
-            raise ValueError(f"{name} must lie in 0 .. {vocab_size - 1} (vocab_size - 1), got {low} .. {high}.")
+            raise ValueError(f"{name} must lie in 0 .. {vocab_size - 1} (vocab_size - 1), got {low} .. {high}")
     if not test_ids.numel():
-        raise ValueError("test_ids must hold at least one id, got none.")
+        raise ValueError("test_ids must hold at least one id, got none")
     counts = torch.bincount(train_ids, minlength=vocab_size).double() + 1  # (V,)
     bits = -torch.log2(counts / counts.sum())  # (V,)
     return bits[test_ids].mean().item()
 
 
-def _prepare_in_cache(text: Text, folder: Path, progress: Progress | None) -> None:
+def prepare_corpus(
+    name: str, folder: Path, *, download: bool = True, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Prepare a published corpus of words in `folder`/prepared and return a summary of it that JSON can hold.
+
+    The text is looked for in `folder`, then in the folder that DEEPEQ_DATA names, and otherwise downloaded into
+    `folder`. What is prepared already is only verified, with every checksum.
+
+    Args:
+        name: `penn_treebank`, `wikitext2` or `wikitext103`.
+        folder: Is created if it is not there; afterwards a value for `DataConfig.folder`.
+        download: Whether the text may be downloaded.
+        progress: Called with what is being done, and the fraction of it that is done.
+
+    Raises:
+        OSError: The text is not there, or cannot be downloaded or written.
+        ValueError: There is no published corpus of this name, or a file is damaged or is not the published one.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"name must be {' or '.join(map(repr, PUBLISHED))}, got {name!r}")
+    published: PublishedName = name
+    config, folder = DataConfig(corpus=published, unit="word"), Path(folder).expanduser()
+    start, downloaded, prepared = time.perf_counter(), False, folder / PREPARED
+    if _prepared_folder(folder, config) != prepared:
+        elsewhere = published_folder(published)
+        places = [place for place in (folder, elsewhere) if place is not None]
+        found = next((place for place in places if all(path.is_file() for path in split_files(place))), None)
+        if found is None:
+            if not download:
+                raise FileNotFoundError(
+                    f"the text of {PUBLISHED[published].title} is neither in {folder} nor where DEEPEQ_DATA says; "
+                    "allow the download, or name the folder that holds it"
+                )
+            download_text(published, folder, progress)
+            found, downloaded = folder, True
+        if (prepared / RECORD).is_file():  # of another text, or of this one before it changed
+            shutil.rmtree(prepared)
+        prepare(find_in_folder(found, config), prepared, progress)
+    record, _, _ = open_prepared(prepared, verify=True)
+    _check_identity(record, prepared, config)
+    return {
+        "name": record.name,
+        "unit": record.unit,
+        "types": record.vocab_size,
+        "tokens": {split: record.splits[split].tokens for split in SPLITS},
+        "folder": str(folder),
+        "prepared": str(prepared),
+        "sources": [source["path"] for source in record.sources],
+        "fingerprint": record.fingerprint,
+        "downloaded": downloaded,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def download_text(name: PublishedName, folder: Path, progress: Progress | None = None) -> None:
+    """Download the three files of a published corpus into a folder.
+
+    Args:
+        name: The corpus.
+        folder: The folder.
+        progress: Called with what is being done, and the fraction of it that is done.
+
+    Raises:
+        OSError: An address cannot be reached, or a file cannot be written.
+        ValueError: A download has another checksum, is not a zip archive, or lacks a file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for archive in PUBLISHED[name].archives:
+        path = _retrieve(archive, folder, progress)
+        try:
+            for _, member in archive.members:
+                target = folder / (member or archive.url).rsplit("/", 1)[-1]
+                _unpack(archive, path, member, target)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class _ProgressBar:
+    """What pooch calls while it downloads, as calls of a function."""
+
+    def __init__(self, what: str, progress: Progress) -> None:
+        self._what, self._progress = what, progress
+        self.total, self._done = 0, 0
+
+    def update(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self.total:
+            self._progress(self._what, min(self._done / self.total, 1.0))
+
+    def reset(self) -> None:
+        self._done = 0
+
+    def close(self) -> None:
+        """Do nothing: the last update was reported already."""
+
+
+def _retrieve(archive: Archive, folder: Path, progress: Progress | None) -> Path:
+    # Any: pooch's annotations leave out progress bars and downloaders that its documentation describes.
+    bar: Any = _ProgressBar(f"downloading {archive.url}", progress) if progress is not None else False
+    downloader: Any = pooch.HTTPDownloader(bar, _CHUNK_BYTES, headers={"User-Agent": _USER_AGENT})
+    name = f".{archive.url.rsplit('/', 1)[-1]}.download"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder.parent, os.W_OK):
+        path = pooch.retrieve(archive.url, f"sha256:{archive.sha256}", name, folder, downloader=downloader)
+    except ValueError as error:
+        raise ValueError(
+            f"{archive.url} does not have the checksum {archive.sha256[:12]}..., so the download is incomplete or the "
+            f"file was replaced; try again, or put the text into {folder} yourself"
+        ) from error
+    except OSError as error:
+        response = getattr(error, "response", None)
+        if response is not None:  # pooch leaves the connection open after a refusal
+            response.close()
+        raise OSError(
+            f"{archive.url} cannot be downloaded into {folder} ({' '.join(str(error).split())}); try again, or put "
+            "the text there yourself"
+        ) from error
+    return Path(path)
+
+
+def _unpack(archive: Archive, path: Path, member: str, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        if member:
+            with zipfile.ZipFile(path) as zipped, zipped.open(member) as source, temporary.open("wb") as file:
+                shutil.copyfileobj(source, file, _CHUNK_BYTES)
+        else:
+            shutil.copyfile(path, temporary)
+        temporary.replace(target)
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(
+            f"{archive.url} is not a whole zip archive with the file {member} ({error}); put the text into "
+            f"{target.parent} yourself"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _prepared_folder(folder: Path, config: DataConfig) -> Path | None:
+    """Return the prepared corpus that a folder is, or the one inside it if that is up to date; else None."""
+    if (folder / RECORD).is_file():
+        return folder
+    prepared, paths = folder / PREPARED, split_files(folder)
+    if not (prepared / RECORD).is_file():
+        return None
+    try:
+        record = Record.load(prepared)
+    except ValueError as error:
+        if "not of the format" in str(error):  # of version 0.1: the text is prepared again
+            return None
+        raise
+    recorded = [(source.get("bytes"), source.get("mtime_ns")) for source in record.sources]
+    # The text itself may be elsewhere, or deleted by now.
+    known = not all(path.is_file() for path in paths) or recorded == [
+        (status.st_size, status.st_mtime_ns) for status in (path.stat() for path in paths)
+    ]
+    same = (record.unit, record.wanted_vocab_size) == (config.unit, config.vocab_size)
+    return prepared if known and same else None
+
+
+def _prepared_in_cache(text: Text, config: DataConfig, progress: Progress | None) -> Path:
+    """Return where a text is prepared: a changed text, or another unit, has another folder."""
+    root = Path(config.cache or os.environ.get("DEEPEQ_CACHE") or "~/.cache/deepeq").expanduser()
+    state = [text.name, text.vocab_size, *(source.state() for source in text.sources)]
+    key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+    folder = root / f"{text.unit}-{key}-2"  # the last number changes with the format
+    if folder.exists():
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
             raise PermissionError("it is read-only")
     except OSError as error:
         raise OSError(
-            f"the cache {folder.parent} cannot be written ({error}); name another folder as --data.cache or in the "
-            "environment variable DEEPEQ_CACHE."
+            f"the cache {root} cannot be written ({error}); name another folder as --data.cache or in the environment "
+            "variable DEEPEQ_CACHE"
         ) from error
     prepare(text, folder, progress)
+    return folder
+
+
+def _check_identity(record: Record, folder: Path, config: DataConfig) -> None:
+    """Check that a prepared text is the one that a configuration names."""
+    if record.unit != config.unit:
+        raise ValueError(
+            f"{folder} holds tokens of the unit {record.unit!r}, but data.unit is {config.unit!r}; set data.unit to "
+            f"{record.unit!r}"
+        )
+    if config.corpus not in PUBLISHED:
+        return
+    if record.name != config.corpus:
+        raise ValueError(
+            f"{folder} holds the corpus {record.name!r}, but data.corpus is {config.corpus!r}; set data.corpus to "
+            f"{record.name if record.name in PUBLISHED else 'folder'!r}"
+        )
+    if config.unit != "word":
+        return
+    tokens: dict[Split, int] = {split: record.splits[split].tokens for split in SPLITS}
+    differences = PUBLISHED[config.corpus].differences(record.vocab_size, tokens)
+    if differences:
+        raise ValueError(
+            f"{folder} holds {', '.join(differences)}, so it is not {PUBLISHED[config.corpus].title}; get the "
+            "published text, or set data.corpus to 'folder' for a text of your own"
+        )

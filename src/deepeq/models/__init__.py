@@ -1,8 +1,9 @@
-"""Cells, the networks made of them, and the language model around a network."""
+"""Cells for sequences, the networks made of them, the language model around a network, and text from it."""
 
 from deepeq.models.baselines import TCN, BlockMemory, Recurrent, RecurrentConfig, TCNConfig
 from deepeq.models.cell import CellConfig, LayerConfig, SequenceCell
-from deepeq.models.key_values import KeyValues, PositionKeys
+from deepeq.models.decoding import KeyValues, PositionKeys
+from deepeq.models.generation import Decoding, Sampling, generate
 from deepeq.models.language_model import LanguageModel, ModelConfig, ModelOutput
 from deepeq.models.networks import LayerStack, NetworkOutput, TiedNetwork, join_memories
 from deepeq.models.transformer import Memory, TransformerCell, TransformerConfig, TransformerInjection
@@ -16,6 +17,7 @@ __all__ = [
     "TCN",
     "BlockMemory",
     "CellConfig",
+    "Decoding",
     "KeyValues",
     "LanguageModel",
     "LayerConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "PositionKeys",
     "Recurrent",
     "RecurrentConfig",
+    "Sampling",
     "SequenceCell",
     "TCNConfig",
     "TiedNetwork",
@@ -37,5 +40,6 @@ __all__ = [
     "TrellisConfig",
     "TrellisInjection",
     "TrellisMemory",
+    "generate",
     "join_memories",
 ]

@@ -1,4 +1,4 @@
-"""The networks between embedding and softmax: one cell as an equilibrium or a tied stack, or layers of their own."""
+"""The networks between embedding and softmax: one cell, solved in any way, or layers with weights of their own."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,72 +8,76 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from deepeq.deq import DEQ, Unrolled
+from deepeq.cell import prepare
+from deepeq.checks import check_count
+from deepeq.deq import How, Pieces, Stack
 from deepeq.models.cell import SequenceCell
-from deepeq.models.key_values import KeyValues, join_key_values
+from deepeq.models.decoding import KeyValues, join_key_values
 from deepeq.models.transformer import TransformerCell, TransformerConfig
 from deepeq.solution import Solution
 from deepeq.stability import Generators, jacobian_penalty
-from deepeq.subsequences import Subsequences
 
 
 class NetworkOutput(NamedTuple):
     """Features of a segment."""
 
     value: Tensor  # (B, T, d_output)
-    memory: Any  # for the next segment; gradients pass
+    memory: Any  # for the next segment; not detached
     solution: Solution | None = None
     intermediate: tuple[Tensor, ...] = ()  # (B, T, d_output) each
     jacobian_penalty: Tensor | None = None
 
 
 class TiedNetwork(nn.Module):
-    """One cell, applied by its `core`: a `DEQ`, perhaps in `Subsequences`, or an `Unrolled` stack.
+    """One cell, solved as an equilibrium, as an equilibrium in pieces, or as a stack of tied layers.
 
-    The core may be replaced at any time by another around the same cell: the parameters are the cell's.
+    Args:
+        cell: The cell.
+        how: How its state is found where a call does not say otherwise.
     """
 
-    core: DEQ | Unrolled
-
-    def __init__(self, cell: SequenceCell) -> None:
+    def __init__(self, cell: SequenceCell, how: How) -> None:
         super().__init__()
-        # Samples are independent, and a solve that stops at its limit is counted by whoever trains.
-        self.core = DEQ(cell, on_failure="ignore", verify=False)
+        self.cell, self.how = cell, how
 
-    @property
-    def cell(self) -> SequenceCell:
-        """The cell that `core` applies."""
-        assert isinstance(self.core.cell, SequenceCell)
-        return self.core.cell
+    def forward(
+        self, x: Tensor, memory: Any = None, *, how: How | None = None, penalty_generator: Generators | None = None
+    ) -> NetworkOutput:
+        """Return features and the memory for the next segment.
 
-    def forward(self, x: Tensor, memory: Any = None, *, penalty_generator: Generators | None = None) -> NetworkOutput:
-        """Features and memory for inputs `(B, T, d_input)`; with a generator, the Jacobian penalty at them too."""
-        core, cell, penalty = self.core, self.cell, None
-        # Where a stack starts decides what it returns.
-        z0 = cell.guess(x, memory) if isinstance(core, DEQ) else None
-        if isinstance(core, Subsequences):
-            if penalty_generator is not None:
-                raise ValueError("the Jacobian penalty is of one map, and Subsequences solve several: leave one out")
-            solution = core(x, z0, memory)
+        Args:
+            x: Inputs, `(B, T, d_input)`.
+            memory: The memory of the segment before, or None.
+            how: How the state is found in this call; None for the network's own way.
+            penalty_generator: Source of the random vectors of `jacobian_penalty`, which is computed if it is given.
+
+        Raises:
+            ValueError: The Jacobian penalty is asked for together with `Pieces`.
+        """
+        how, cell, penalty = how or self.how, self.cell, None
+        # A guess moves an equilibrium's first state; the first state of a stack decides its result.
+        z0 = None if isinstance(how, Stack) else cell.guess(x, memory)
+        if penalty_generator is None:
+            solution = how(cell, x, z0, memory)
+        elif isinstance(how, Pieces):
+            raise ValueError(
+                "penalty_generator was given, but the Jacobian penalty is of one map, and Pieces solve several: leave "
+                "one of them out"
+            )
         else:
-            f, z0 = core.prepare(x, z0, memory)
-            solution = core.solve(f, z0)
-            if penalty_generator is not None:
-                penalty = jacobian_penalty(f, solution.value, generator=penalty_generator)
+            f, z0 = prepare(cell, x, z0, memory)
+            solution = how.solve(f, z0)
+            penalty = jacobian_penalty(f, solution.value, generator=penalty_generator)
         memory = cell.extend_memory(memory, x, solution.value, length=cell.memory_length())
         return NetworkOutput(
-            cell.output(solution.value),
-            memory,
-            solution,
-            tuple(cell.output(z) for z in solution.kept),
-            penalty,
+            cell.output(solution.value), memory, solution, tuple(cell.output(z) for z in solution.kept), penalty
         )
 
 
 def join_memories(memories: Sequence[Any]) -> Any:
-    """The memory of several batches as one batch, of the samples in their order; None where their lengths differ.
+    """Return the memory of several batches as one batch, with the sequences in their order.
 
-    Those of `SequenceCell.start_memory` may differ in length.
+    Only memories of `SequenceCell.start_memory` may differ in length; others give None then.
     """
     if isinstance(memories[0], KeyValues):
         return join_key_values(memories)
@@ -84,23 +88,26 @@ def join_memories(memories: Sequence[Any]) -> Any:
 
 
 class LayerStack(nn.Module):
-    """Transformer-XL: `depth` layers with weights of their own, each with the memory of what it read (Dai et al. 2019).
+    """Transformer-XL: `depth` layers, each with its own weights and a memory of its inputs (Dai et al. 2019).
 
     Args:
-        config: Of each layer.
+        config: Hyper-parameters of each layer.
         depth: Number of layers.
         checkpoint: Keep only the inputs of the layers between forward and backward, and compute the layers twice.
+
+    Raises:
+        ValueError: `depth` is below 1.
     """
 
     def __init__(self, config: TransformerConfig, depth: int, *, checkpoint: bool = False) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth={depth!r} of LayerStack must be >= 1")
+        check_count("depth", depth, least=1, owner=self)
         self.checkpoint = checkpoint
         self.cells = nn.ModuleList(TransformerCell(config, injected=False) for _ in range(depth))
         self.norm = nn.LayerNorm(config.d_model) if config.norm == "pre" else nn.Identity()
 
     def forward(self, x: Tensor, memory: Any = None) -> NetworkOutput:
+        """Return features `(B, T, d_model)` and the memory for the next segment."""
         memories = [None] * len(self.cells) if memory is None else memory
         z, extended = x, []
         for cell, earlier in zip(self.cells, memories, strict=True):

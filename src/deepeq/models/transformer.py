@@ -11,27 +11,26 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from deepeq.models.cell import CellConfig, SequenceCell, check_ranges
-from deepeq.models.key_values import KeyValues, PositionKeys
+from deepeq.models.decoding import EarlierPositions, KeyValues, PositionKeys
 from deepeq.nn import (
     VariationalDropout,
     causal_mask,
     regularize_weight,
     relative_attention,
-    single_query_attention,
     sinusoidal_positions,
     variational_mask,
 )
 
 
 class Memory(NamedTuple):
-    """Positions before the segment: what was injected there, and the states that were found."""
+    """Positions before the segment: their inputs and their equilibria."""
 
     x: Tensor  # (B, M, D); (B, M, 0) where a cell has no injection
     z: Tensor  # (B, M, D)
 
 
 class Weights(NamedTuple):
-    """The matrices of one solve, normalized and with entries dropped where the configuration says so."""
+    """The matrices of one solve, normalized where the configuration says so."""
 
     qkv: Tensor  # (3 H K, D)
     output: Tensor  # (D, H K)
@@ -49,7 +48,7 @@ class Masks(NamedTuple):
 
 
 class TransformerInjection(NamedTuple):
-    """All that one solve needs besides `z`."""
+    """Everything that one solve needs besides `z`."""
 
     qkv: Tensor | None  # (B, T, 3 H K) injected into queries, keys and values
     memory_key: Tensor  # (B, H, M, K)
@@ -61,15 +60,12 @@ class TransformerInjection(NamedTuple):
 
 
 class StepInjection(NamedTuple):
-    """All that the solve for one position needs besides `z`. Keys hold their positions, and the query its bias."""
+    """Everything that the solve for one position after `KeyValues` needs besides `z`."""
 
     qkv: Tensor  # (B, 1, 3 H K)
-    earlier_key: Tensor  # (B H, M, K)
-    earlier_value: Tensor  # (B H, M, K)
-    earlier_bias: Tensor  # (B H, 1, M)
-    bias: Tensor  # (B H, 1, 1)
+    earlier: EarlierPositions
     weights: Weights
-    dropped: Masks
+    dropped: Masks = Masks(None, None, None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +73,7 @@ class TransformerConfig(CellConfig):
     """Hyper-parameters of a `TransformerCell`.
 
     Raises:
-        ValueError: a field is out of range, or `d_model` is odd or no multiple of `num_heads`.
+        ValueError: A field is out of range, or `d_model` is odd or not a multiple of `num_heads`.
     """
 
     d_model: int = 128
@@ -85,37 +81,30 @@ class TransformerConfig(CellConfig):
     num_heads: int = 4
     """Attention heads."""
     head_dim: int | None = None
-    """Channels of a head; None for `d_model / num_heads`."""
+    """Channels of one head; None for `d_model / num_heads`."""
     d_inner: int = 512
-    """Channels inside the position-wise feed-forward part."""
+    """Channels inside the position-wise feed-forward network."""
     memory_len: int = 64
-    """Earlier positions that attention sees beyond the segment while training, in tokens; 0 for none."""
+    """Number of positions before the segment that attention sees in training; 0 for none."""
     eval_memory_len: int | None = None
-    """The same in evaluation and generation; None for `memory_len`."""
+    """Number of positions before the segment that attention sees in evaluation; None for `memory_len`."""
     window: int | None = None
-    """Attention sees so many positions, the query's own included; None for all."""
+    """Number of positions that attention sees, the query's own included; None for all."""
     norm: Literal["post", "pre"] = "post"
-    """Layer normalization after each residual sum, as in the paper, or at the start of each residual branch and, for
-    an equilibrium to exist, of the result."""
+    """Place of the layer normalization: `post` is after each residual sum, as in the paper. `pre` is at the start of
+    each residual branch; the result is then normalized too, so that an equilibrium exists."""
     weight_norm: bool = False
-    """Normalize the rows of the four matrices that act on the state, once per solve."""
+    """Whether the rows of the four matrices that act on the state are normalized, once per solve."""
     hidden_dropout: float = 0.0
-    """Share of the channels that is dropped after attention, and inside and after the feed-forward part."""
+    """Fraction of the channels that is dropped after attention, and inside and after the feed-forward network."""
     attention_dropout: float = 0.0
-    """Share of the keys that each head does not read, the same ones for all queries."""
+    """Fraction of the keys that each head ignores, the same keys for all queries."""
     init_std: float = 0.05
-    """Standard deviation of the first weights; 0.05 in the paper, section 5."""
+    """Standard deviation of the initial weights; 0.05 in the paper, section 5."""
 
     def __post_init__(self) -> None:
-        least = {
-            "d_model": 2,
-            "num_heads": 1,
-            "head_dim": 1,
-            "d_inner": 1,
-            "memory_len": 0,
-            "eval_memory_len": 0,
-            "window": 1,
-        }
+        least = {"d_model": 2, "memory_len": 0, "eval_memory_len": 0}
+        least |= dict.fromkeys(("num_heads", "head_dim", "d_inner", "window"), 1)
         problems = check_ranges(self, least, ("hidden_dropout", "attention_dropout"), positive=("init_std",))
         if not problems and self.d_model % 2:
             problems.append(f"d_model={self.d_model!r} must be even: half of the position encoding is sines")
@@ -134,29 +123,30 @@ class TransformerConfig(CellConfig):
 
     @property
     def d_heads(self) -> int:
-        """Channels of all heads together."""
+        """Number of channels of all heads together."""
         return self.num_heads * (self.head_dim or self.d_model // self.num_heads)
 
     def build(self) -> "TransformerCell":
+        """Return a cell of these sizes with random weights."""
         return TransformerCell(self)
 
 
 class TransformerCell(SequenceCell):
     """Transformer block with input injection (Bai et al. 2019, section 4).
 
-    Attention over the memory `[x, z*]` of earlier positions and over the segment itself, with relative positions; `LN`
-    of the other kind of `norm` is the identity:
+    Attention reads the memory `[x, z*]` of earlier positions and the segment itself, with relative positions. With
+    `LN_post` the identity for `norm="pre"`, and `LN_pre` the identity for `norm="post"`:
 
         h = LN_post(z + W_o Attention(W_qkv LN_pre(z) + W_x x))
         f(z; x) = LN(h + W_2 relu(W_1 LN_pre(h)))
 
-    The last normalization is there for both kinds: without it, the map of kind `pre` would be `z` plus something
-    bounded, whose relative residual falls to zero as `z` runs away.
+    Both kinds have the last normalization. Without it, the map for `norm="pre"` would be `z` plus something bounded:
+    its relative residual falls to zero while `z` runs away.
 
     Args:
         config: Its hyper-parameters.
-        injected: Whether the input is injected; without, `x` is used for its shape only, and the cell is a layer of
-            Transformer-XL. Its result is then not normalized with `norm='pre'`.
+        injected: Whether the input is injected. Without injection only the shape of `x` is used, and the cell is a
+            layer of Transformer-XL, whose result is not normalized with `norm="pre"`.
     """
 
     def __init__(self, config: TransformerConfig, *, injected: bool = True) -> None:
@@ -184,41 +174,45 @@ class TransformerCell(SequenceCell):
             regularize_weight(module, weight_norm=config.weight_norm, dropout=0.0)
 
     def memory_length(self) -> int | None:
+        """Return `memory_len` in training, and `eval_memory_len` in evaluation if it is set."""
         in_training = self.training or self.config.eval_memory_len is None
         return self.config.memory_len if in_training else self.config.eval_memory_len
 
     def start_memory(self, batch_size: int, *, length: int | None = None) -> KeyValues | None:
-        """Keys and values of no position yet; None for a cell without injection, or where none are to be kept."""
+        """Return keys and values of no position yet; None for a cell without injection, or if none shall be kept."""
         limit = self._visible(self.memory_length() if length is None else length)
         if self.injection is None or not limit:
             return None
         none = self.injection.weight.new_empty(batch_size, 0, self.config.d_model)
         key, value = self._keys_and_values(none, none, self.qkv.weight)
-        return KeyValues(key, value, none, none, self._position_table(1, like=none), None, limit)
+        return KeyValues(key, value, none, none, self._position_table(1, like=none), empty=None, limit=limit)
 
     def guess(self, x: Tensor, memory: Memory | KeyValues | None) -> Tensor | None:
-        """For one position after `KeyValues`, the equilibrium of the position that is most like it."""
+        """Return, for one position after `KeyValues`, the equilibrium of the earlier position most similar to it."""
         return memory.nearest(x) if isinstance(memory, KeyValues) and x.shape[1] == 1 else None
 
-    def initial_state(self, x: Tensor) -> Tensor:
-        """Zeros, `(B, T, D)`."""
-        return torch.zeros_like(x)
-
     def shared_weights(self) -> Weights:
-        """The matrices that act on the state."""
+        """Return the matrices that act on the state."""
         return Weights(self.qkv.weight, self.output_projection.weight, self.inner.weight, self.outer.weight)
 
     def inject(
         self, x: Tensor, memory: Memory | KeyValues | None = None, weights: Weights | None = None
     ) -> TransformerInjection | StepInjection:
-        """What attention needs besides `z`, for inputs `x` `(B, T, D)` and a memory of any length."""
+        """Return what attention needs besides `z`.
+
+        Args:
+            x: Inputs, `(B, T, D)`.
+            memory: Earlier positions, any number of them.
+            weights: Weights from `shared_weights`, if several solves share them.
+        """
         num_queries, empty = x.shape[1], None
         weights = weights or self.shared_weights()
         if not isinstance(memory, KeyValues):
             memory = memory or Memory(x[:, :0], x[:, :0])
             memory_key, memory_value = self._keys_and_values(memory.x, memory.z, weights.qkv)
         elif num_queries == 1 and not self.training:
-            return self._inject_one(x, memory, weights)
+            assert self.injection is not None
+            return StepInjection(self.injection(x) + memory.positions.own, memory.for_one_query(), weights)
         else:
             memory_key, memory_value, empty = memory.key, memory.value, memory.mask(num_queries=num_queries)
         num_keys = memory_key.shape[2] + num_queries
@@ -237,6 +231,7 @@ class TransformerCell(SequenceCell):
         )
 
     def forward(self, z: Tensor, injection: TransformerInjection | StepInjection) -> Tensor:
+        """Return the next state, `(B, T, D)`."""
         weights, masks = injection.weights, injection.dropped
         attended = linear(self._attend(z, injection), weights.output)
         h = self._post(self.attention_norm, z + _drop(attended, masks.attended))  # (B, T, D)
@@ -245,16 +240,32 @@ class TransformerCell(SequenceCell):
         h = self._post(self.feed_forward_norm, h + _drop(outer, masks.outer))
         return h if self.output_norm is None else self.output_norm(h)
 
-    def output(self, z: Tensor) -> Tensor:
-        """The state itself."""
-        return z
+    def take(
+        self, injection: TransformerInjection | StepInjection, rows: Tensor
+    ) -> TransformerInjection | StepInjection:
+        """Return the injection of some sequences of the batch."""
+        if isinstance(injection, StepInjection):
+            earlier = injection.earlier.take(rows, self.config.num_heads)
+            return injection._replace(qkv=injection.qkv[rows], earlier=earlier)
+        return injection._replace(
+            qkv=None if injection.qkv is None else injection.qkv[rows],
+            memory_key=injection.memory_key[rows],
+            memory_value=injection.memory_value[rows],
+            mask=injection.mask[rows] if injection.mask.ndim == 4 else injection.mask,
+            dropped=Masks(*(None if mask is None else mask[rows] for mask in injection.dropped)),
+        )
 
     def extend_memory(
         self, memory: Memory | KeyValues | None, x: Tensor, z: Tensor, *, length: int | None = None
     ) -> Memory | KeyValues | None:
-        """The last `length` positions of the memory and this segment, or those that `window` sees; None for none.
+        """Return the last positions of the memory and this segment; None where attention sees no earlier position.
 
-        `KeyValues` stay what they are, and keep as many positions as they were started for.
+        Args:
+            memory: The memory of this segment. `KeyValues` stay `KeyValues`, and keep the number of positions that they
+                were started for.
+            x: Inputs of this segment, `(B, T, D)`.
+            z: Equilibria of this segment, `(B, T, D)`.
+            length: Number of positions to keep; None for all that `window` sees.
         """
         if isinstance(memory, KeyValues):
             length = self._visible(None if length is None else memory.limit)
@@ -274,29 +285,13 @@ class TransformerCell(SequenceCell):
         return Memory(x[:, last], z[:, last])
 
     def _visible(self, length: int | None) -> int | None:
-        """So many earlier positions, or as many as `window` sees where those are fewer; None for all."""
+        """Return the smaller of a number of earlier positions and what `window` sees of them; None for all."""
         seen = None if self.config.window is None else self.config.window - 1
         return min((count for count in (length, seen) if count is not None), default=None)
 
-    def _inject_one(self, x: Tensor, memory: KeyValues, weights: Weights) -> StepInjection:
-        assert self.injection is not None
-        num_keys, positions, empty = memory.length + 1, memory.positions, memory.mask(num_queries=1)
-        bias = positions.bias[:, :, -num_keys:]  # (H, 1, S)
-        bias = (bias if empty is None else bias + empty).expand(len(x), -1, -1, -1).flatten(0, 1)  # (B H, 1, S)
-        earlier_bias, own_bias = bias.split([memory.length, 1], dim=2)
-        return StepInjection(
-            self.injection(x) + positions.own,
-            (memory.key + positions.key[:, -num_keys:-1]).flatten(0, 1),  # (B H, M, K)
-            memory.value.flatten(0, 1),  # (B H, M, K)
-            earlier_bias,
-            own_bias,
-            weights,
-            Masks(None, None, None, None),
-        )
-
     def _keys_and_values(self, x: Tensor, z: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of positions with inputs `x` and states `z`, `(B, H, M, K)` each."""
-        rows = slice(self.config.d_heads, None)  # those for queries are not needed
+        """Return keys and values of positions with inputs `x` and states `z`, `(B, H, M, K)` each."""
+        rows = slice(self.config.d_heads, None)  # queries are not needed
         both = linear(self._pre(self.attention_norm, z), qkv[rows])
         if self.injection is not None:
             both = both + linear(x, self.injection.weight[rows])
@@ -304,22 +299,19 @@ class TransformerCell(SequenceCell):
         return key, value
 
     def _position_keys(self, num_positions: int, *, like: Tensor) -> Tensor:
-        """Keys of the distances `num_positions - 1 ... 0`, `(H, S, K)`."""
+        """Return the keys of the distances `num_positions - 1 ... 0`, `(H, S, K)`."""
         keys = self.position(sinusoidal_positions(num_positions, self.config.d_model, like=like))
         return keys.unflatten(-1, (self.config.num_heads, -1)).transpose(0, 1)  # (H, S, K)
 
     def _position_table(self, capacity: int, *, like: Tensor) -> PositionKeys:
-        key = self._position_keys(capacity, like=like).contiguous()
-        bias = ((self.position_bias - self.content_bias) * key).sum(dim=2) * key.shape[2] ** -0.5
-        own = torch.stack([self.content_bias.squeeze(1), key[:, -1], torch.zeros_like(key[:, -1])])  # (3, H, K)
-        return PositionKeys(key, bias.unsqueeze(1), own.flatten())
+        return PositionKeys.of(self._position_keys(capacity, like=like), self.content_bias, self.position_bias)
 
     def _attend(self, z: Tensor, injection: TransformerInjection | StepInjection) -> Tensor:
         qkv = linear(self._pre(self.attention_norm, z), injection.weights.qkv)
         if injection.qkv is not None:
             qkv = qkv + injection.qkv
         if isinstance(injection, StepInjection):
-            return self._attend_from_one(qkv, injection)
+            return injection.earlier.attend(qkv, self.config.num_heads)
         query, key, value = (self._split_heads(part) for part in qkv.chunk(3, dim=-1))
         attended = relative_attention(
             query,
@@ -331,17 +323,6 @@ class TransformerCell(SequenceCell):
             mask=injection.mask,
         )
         return attended.transpose(1, 2).flatten(2)  # (B, T, H K)
-
-    def _attend_from_one(self, qkv: Tensor, injection: StepInjection) -> Tensor:
-        qkv = qkv.view(len(qkv), 3, self.config.num_heads, 1, -1).transpose(0, 1).flatten(1, 2)  # (3, B H, 1, K)
-        attended = single_query_attention(
-            *qkv.unbind(0),
-            earlier_key=injection.earlier_key,
-            earlier_value=injection.earlier_value,
-            earlier_bias=injection.earlier_bias,
-            bias=injection.bias,
-        )
-        return attended.view(-1, 1, self.config.d_heads)  # (B, 1, H K)
 
     def _masks(self, x: Tensor, num_keys: int) -> tuple[Masks, Tensor | None]:
         value = None

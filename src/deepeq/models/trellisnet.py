@@ -1,4 +1,4 @@
-"""The trellis network of the paper, as a cell: a causal convolution with the gates of an LSTM.
+"""The trellis network of the paper as a cell: a causal convolution with the gates of an LSTM.
 
 Letters: B batch, T segment, M history, E input channels, H hidden channels, k kernel size, s dilation.
 """
@@ -32,7 +32,7 @@ class TrellisWeights(NamedTuple):
 
 
 class TrellisInjection(NamedTuple):
-    """All that one solve needs besides `z`."""
+    """Everything that one solve needs besides `z`."""
 
     gates: Tensor  # (B, T, 4 H) convolved inputs
     h: Tensor  # (B, M, H) history
@@ -46,27 +46,27 @@ class TrellisConfig(CellConfig):
     """Hyper-parameters of a `TrellisCell`.
 
     Raises:
-        ValueError: a field is out of range.
+        ValueError: A field is out of range.
     """
 
     d_input: int = 128
     """Channels of the input."""
     d_hidden: int = 384
-    """Channels of `h` and of `c`, those of the output included."""
+    """Channels of `h` and of `c`, including the output's."""
     d_output: int = 128
-    """How many of the last channels of `h` are the output."""
+    """Number of last channels of `h` that are the output."""
     kernel_size: int = 2
-    """Positions that a convolution sees."""
+    """Number of positions that a convolution reads."""
     dilation: int = 1
-    """Distance between them."""
+    """Distance between these positions."""
     weight_norm: bool = True
-    """Normalize the rows of both convolutions, once per solve."""
+    """Whether the rows of both convolutions are normalized, once per solve."""
     hidden_dropout: float = 0.0
-    """Share of the channels of `h` that the hidden convolution does not see, the same ones at all positions."""
+    """Fraction of the channels of `h` that the hidden convolution does not read, the same channels at all positions."""
     weight_dropout: float = 0.0
-    """Share of the weights of both convolutions that is dropped in a solve."""
+    """Fraction of the weights of both convolutions that is dropped in a solve."""
     init_std: float = 0.05
-    """Standard deviation of the first weights; 0.05 in the paper, section 5."""
+    """Standard deviation of the initial weights; 0.05 in the paper, section 5."""
 
     def __post_init__(self) -> None:
         problems = check_ranges(
@@ -85,17 +85,21 @@ class TrellisConfig(CellConfig):
         return self.d_input, self.d_output
 
     def build(self) -> "TrellisCell":
+        """Return a cell of these sizes with random weights."""
         return TrellisCell(self)
 
 
 class TrellisCell(SequenceCell):
     """Trellis network with input injection (Bai et al. 2019, section 4; Bai, Kolter, Koltun 2019, ICLR).
 
-    With the state `z = (h, c)` and `[i, o, g, f] = Conv(h) + Conv(x)`, causal convolutions of kernel size `k` and
-    dilation `s` that look back into the history of earlier segments, or else zeros:
+    The state is `z = (h, c)`. The gates `[i, o, g, f] = Conv(h) + Conv(x)` come from causal convolutions of kernel size
+    `k` and dilation `s`, which look back into the history of earlier segments, or into zeros without one:
 
         c'_t = sigma(f_t) c_{t-s} + sigma(i_t) tanh(g_t)
         h'_t = sigma(o_t) tanh(c'_t)
+
+    Args:
+        config: Its hyper-parameters.
     """
 
     def __init__(self, config: TrellisConfig) -> None:
@@ -113,22 +117,28 @@ class TrellisCell(SequenceCell):
 
     @property
     def history_len(self) -> int:
-        """Positions of earlier segments that the convolutions see, `(k - 1) s`."""
+        """Number of positions of earlier segments that the convolutions read, `(k - 1) s`."""
         return (self.config.kernel_size - 1) * self.config.dilation
 
     def initial_state(self, x: Tensor) -> State:
-        """Zeros, twice `(B, T, H)`."""
+        """Return two tensors of zeros, `(B, T, H)`."""
         h = x.new_zeros(*x.shape[:2], self.config.d_hidden)
         return h, h
 
     def shared_weights(self) -> TrellisWeights:
-        """Both matrices, in training with a draw of dropped entries."""
+        """Return both matrices, in training with randomly dropped entries."""
         return TrellisWeights(self.injection.weight, self.convolution.weight)
 
     def inject(
         self, x: Tensor, memory: TrellisMemory | None = None, weights: TrellisWeights | None = None
     ) -> TrellisInjection:
-        """The input's part of the gates, the history, and the weights, for inputs `x` `(B, T, E)`."""
+        """Return the part of the gates that the input gives, the history, and the weights.
+
+        Args:
+            x: Inputs, `(B, T, E)`.
+            memory: The history; None for zeros.
+            weights: Weights from `shared_weights`, if several solves share them.
+        """
         weights = weights or self.shared_weights()
         if memory is None:
             memory = self._zeros(x)
@@ -139,6 +149,7 @@ class TrellisCell(SequenceCell):
         return TrellisInjection(gates, history, memory.c, weights.convolution, mask)
 
     def forward(self, z: State, injection: TrellisInjection) -> State:
+        """Return the next state, two tensors `(B, T, H)`."""
         h, c = z
         seen = h if injection.mask is None else h * injection.mask
         taps = self._taps(torch.cat([injection.h, seen], dim=1))
@@ -147,16 +158,32 @@ class TrellisCell(SequenceCell):
         c = torch.sigmoid(f) * earlier + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c
 
+    def take(self, injection: TrellisInjection, rows: Tensor) -> TrellisInjection:
+        """Return the injection of some sequences of the batch; the weight belongs to all of them."""
+        return injection._replace(
+            gates=injection.gates[rows],
+            h=injection.h[rows],
+            c=injection.c[rows],
+            mask=None if injection.mask is None else injection.mask[rows],
+        )
+
     def output(self, z: State) -> Tensor:
-        """The last channels of `h`, `(B, T, d_output)`."""
+        """Return the last channels of `h`, `(B, T, d_output)`."""
         return z[0][..., -self.config.d_output :]
 
     def extend_memory(
         self, memory: TrellisMemory | None, x: Tensor, z: State, *, length: int | None = None
     ) -> TrellisMemory:
-        """The last `(k - 1) s` positions; a `length` changes nothing, since the convolutions see no further."""
+        """Return the last `(k - 1) s` positions of the memory and this segment.
+
+        Args:
+            memory: The memory of this segment, or None.
+            x: Inputs of this segment, `(B, T, E)`.
+            z: Equilibria of this segment.
+            length: Not used: the convolutions read `(k - 1) s` positions and no more.
+        """
         earlier, last = memory or self._zeros(x), slice(-self.history_len, None)
-        # Cut before joining: a view would keep the storage of a whole segment.
+        # Cut before joining, because a view would keep the storage of a whole segment.
         pairs = zip(earlier, (x, *z), strict=True)
         return TrellisMemory(*(torch.cat([old[:, last], new[:, last]], dim=1)[:, last] for old, new in pairs))
 

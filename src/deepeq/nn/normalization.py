@@ -19,6 +19,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
+from deepeq.checks import check_count
+
 Module = TypeVar("Module", bound=nn.Module)
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # their weight is (D_in, D_out, ...)
@@ -99,8 +101,7 @@ def spectral_norm(
         Miyato et al. (2018), Spectral normalization for generative adversarial networks, ICLR, section 2.1. Gouk et al.
         (2021), Regularisation of neural networks by enforcing Lipschitz continuity, Machine Learning 110 (the clip).
     """
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"num_steps={num_steps!r} must be a whole number >= 1")
+    check_count("num_steps", num_steps, least=1)
     _check_bound(bound)
     for owner, name, weight in _find_weights(module, names):
         parametrization = _SpectralNorm(weight, bound, clip, _output_dim(owner), num_steps)

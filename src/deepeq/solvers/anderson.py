@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepeq.checks import check_count
 from deepeq.norms import inner
 from deepeq.solvers.base import Solver
 
@@ -45,7 +46,7 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("history_size", self.history_size)
+        check_count("history_size", self.history_size, least=1, owner=self)
         self._check_damping(self.damping)
         if not 0.0 < self.ridge < 1.0:
             raise ValueError(f"ridge={self.ridge!r} of Anderson must lie in (0, 1)")

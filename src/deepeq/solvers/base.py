@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from deepeq.checks import check_count
 from deepeq.packing import Map
 
 
@@ -41,16 +42,12 @@ class Solver(ABC):
             raise ValueError(
                 f"rtol and atol of {type(self).__name__} are both 0, so it would never stop; set one of them"
             )
-        self._check_count("max_steps", self.max_steps, least=0)
-        self._check_count("min_steps", self.min_steps, least=0)
+        check_count("max_steps", self.max_steps, least=0, owner=self)
+        check_count("min_steps", self.min_steps, least=0, owner=self)
         if self.min_steps > self.max_steps:
             raise ValueError(
                 f"min_steps={self.min_steps} of {type(self).__name__} must be at most max_steps={self.max_steps}"
             )
-
-    def _check_count(self, name: str, value: int, *, least: int = 1) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} of {type(self).__name__} must be a whole number >= {least}")
 
     def _check_damping(self, damping: float) -> None:
         if not isinstance(damping, int | float) or not 0.0 <= damping < 1.0:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepeq.checks import check_count
 from deepeq.norms import inner, two_norm
 from deepeq.solvers.base import Solver
 
@@ -45,9 +46,9 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("history_size", self.history_size)
+        check_count("history_size", self.history_size, least=1, owner=self)
         self._check_damping(self.damping)
-        self._check_count("line_search_steps", self.line_search_steps, least=0)
+        check_count("line_search_steps", self.line_search_steps, least=0, owner=self)
 
     @property
     def num_stored(self) -> int:

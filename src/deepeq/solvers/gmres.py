@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from deepeq.checks import check_count
 from deepeq.norms import inner, two_norm
 from deepeq.solvers.base import Solver
 
@@ -128,7 +129,7 @@ class GMRES(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("restart", self.restart)
+        check_count("restart", self.restart, least=1, owner=self)
 
     @property
     def num_stored(self) -> int:

@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from deepeq.checks import check_count
 from deepeq.jacobian import JacobianProduct
 from deepeq.norms import inner, two_norm
 from deepeq.solvers.base import Map, Solver
@@ -69,9 +70,9 @@ class NewtonKrylov(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_count("inner_steps", self.inner_steps)
-        self._check_count("stall_steps", self.stall_steps)
-        self._check_count("backtracks", self.backtracks, least=0)
+        check_count("inner_steps", self.inner_steps, least=1, owner=self)
+        check_count("stall_steps", self.stall_steps, least=1, owner=self)
+        check_count("backtracks", self.backtracks, least=0, owner=self)
         if not 0.0 < self.inner_rtol < 1.0:
             raise ValueError(f"inner_rtol={self.inner_rtol!r} of NewtonKrylov must lie in (0, 1)")
 

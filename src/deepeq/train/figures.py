@@ -8,34 +8,41 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from deepeq.deq import DEQ
+from deepeq.deq import Equilibrium, Pieces
 from deepeq.models import TiedNetwork
 from deepeq.solvers import FixedPointIteration
-from deepeq.train.config import load_config
-from deepeq.train.folder import RunFolder
-from deepeq.train.metrics import read_metrics
+from deepeq.train.logging import read_metrics
+from deepeq.train.pretrained import CONFIG, TrainedModel, open_model
+from deepeq.train.recipe import RunFolder, load_config
 
-_LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity", "loss": "nats a position"}
+_LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity", "loss": "nats per position"}
 _CONVERGENCE_STEPS = 60
 
 
-def plot_run(path: Path) -> list[Path]:
-    """The figures of a run folder, written to its `figures/`.
+def plot_run(path: Path, trained: TrainedModel | None = None) -> list[Path]:
+    """Draw the figures of a run folder into its `figures/`, and return their paths.
+
+    Args:
+        path: The run folder.
+        trained: Its best model, if it is open already.
 
     Raises:
-        FileNotFoundError: the folder holds no run.
-        ValueError: a file in it is damaged, or nothing has been measured yet.
+        FileNotFoundError: The folder holds no run.
+        ValueError: A file in it is damaged, or nothing has been measured yet.
     """
     folder = RunFolder(path)
     rows = read_metrics(folder.metrics)
     if not any(row["split"] == "train" for row in rows):
-        raise ValueError(f"{folder.metrics} holds no line of training yet; train for at least train.log_every steps")
+        raise ValueError(f"{folder.metrics} holds no row of training yet; train for at least train.log_every steps")
     folder.figures.mkdir(exist_ok=True)
     figures = {"loss": _loss(rows)}
-    if load_config(folder.config, complete=True).model.depth == 0:
+    if trained is None and (folder.best / CONFIG).is_file():
+        trained = open_model(path)
+    config = load_config(folder.config, complete=True) if trained is None else trained.config
+    if config.model.depth == 0:
         figures["steps"] = _steps(rows)
-        if folder.last is not None or folder.best.exists():
-            figures["convergence"] = _convergence(*_residuals(folder))
+        if trained is not None:
+            figures["convergence"] = _convergence(*_residuals(trained))
     written = []
     for name, figure in figures.items():
         written.append(folder.figures / f"{name}.png")
@@ -55,16 +62,16 @@ def _series(rows: list[dict[str, Any]], split: str, name: str) -> tuple[list[int
     return [row["step"] for row in chosen], [row[name] for row in chosen]
 
 
-def _shade_warm_up(axes: Any, rows: list[dict[str, Any]]) -> None:
-    last = max((row["step"] for row in rows if row.get("warm_up")), default=0)
+def _shade_pretraining(axes: Any, rows: list[dict[str, Any]]) -> None:
+    last = max((row["step"] for row in rows if row.get("pretraining")), default=0)
     if last:
-        axes.axvspan(0, last, color="0.9", zorder=0, label="warm-up as a shallow stack")
+        axes.axvspan(0, last, color="0.9", zorder=0, label="pretraining as a shallow stack")
 
 
 def _loss(rows: list[dict[str, Any]]) -> Figure:
     name = next((name for name in _LABELS if any(name in row for row in rows)), "loss")
     figure, axes = _figure("Training", "optimizer step", _LABELS[name])
-    _shade_warm_up(axes, rows)
+    _shade_pretraining(axes, rows)
     axes.plot(*_series(rows, "train", name), linewidth=1, label="training")
     axes.plot(*_series(rows, "valid", name), "o-", markersize=4, label="validation")
     for step, value in zip(*_series(rows, "test", name), strict=True):
@@ -76,9 +83,9 @@ def _loss(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _steps(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = _figure("Solver steps over training", "optimizer step", "steps of a solve (mean over samples)")
-    _shade_warm_up(axes, rows)
-    rows = [row for row in rows if not row.get("warm_up")]
+    figure, axes = _figure("Solver steps over training", "optimizer step", "steps per solve (mean over sequences)")
+    _shade_pretraining(axes, rows)
+    rows = [row for row in rows if not row.get("pretraining")]
     axes.plot(*_series(rows, "train", "forward_steps"), label="forward, training")
     axes.plot(*_series(rows, "train", "backward_steps"), label="backward")
     axes.plot(*_series(rows, "valid", "forward_steps"), "o--", markersize=4, label="forward, validation")
@@ -88,35 +95,34 @@ def _steps(rows: list[dict[str, Any]]) -> Figure:
 
 
 @torch.no_grad()
-def _residuals(folder: RunFolder) -> tuple[dict[str, Tensor], int]:
-    """Relative residuals `(steps, B)` on validation text, of the solver of evaluation and of stacking the cell."""
-    config, _, model = folder.load_model()
-    network, evaluation = model.network, config.equilibrium.evaluation
+def _residuals(trained: TrainedModel) -> tuple[dict[str, Tensor], int]:
+    """Return relative residuals `(steps, B)` on validation text of the evaluation solver and of stacking the cell."""
+    config, model, how = trained.config, trained.model.eval(), trained.how
+    network = model.network
     assert isinstance(network, TiedNetwork)
-    assert evaluation is not None
-    length = config.train.eval_segment_len or config.train.segment_len
-    batches = folder.load_corpus(config).stream("valid", batch_size=config.train.eval_batch_size, segment_len=length)
-    memory = model(batches.segment(0)[0]).memory if batches.continuous else None
-    x = model.embedding(batches.segment(min(1, batches.num_segments - 1))[0])
-    x = x[:, : config.equilibrium.subsequence_len]  # the first piece of those that are solved
-    solver = replace(evaluation, rtol=1e-6, atol=0.0, max_steps=_CONVERGENCE_STEPS)
+    piece, length = (how.equilibrium, how.length) if isinstance(how, Pieces) else (how, None)
+    assert isinstance(piece, Equilibrium)
+    corpus, train = trained.load_corpus(), config.train
+    batches = corpus.stream("valid", batch_size=train.eval_batch_size, segment_len=config.eval_segment_len)
+    memory = model(batches.segment(0)[0].to(model.device), how=how).memory if batches.continuous else None
+    x = model.embedding(batches.segment(min(1, batches.num_segments - 1))[0].to(model.device))
+    x = x[:, :length]
+    solver = replace(piece.solver, rtol=1e-6, atol=0.0, max_steps=_CONVERGENCE_STEPS)
     stack = FixedPointIteration(rtol=1e-6, max_steps=_CONVERGENCE_STEPS)
-    layer = DEQ(network.cell, solver=solver, on_failure="ignore", verify=False)
-    traces = {
-        f"DEQ ({type(solver).__name__})": layer(x, memory=memory).residual_history,
-        "stacking the cell": layer(x, memory=memory, solver=stack).residual_history,
+    histories = {
+        label: replace(piece, solver=rule)(network.cell, x, memory=memory).residual_history.cpu()
+        for label, rule in ((f"DEQ ({type(solver).__name__})", solver), ("stacking the cell", stack))
     }
-    return traces, x.shape[1]
+    return histories, x.shape[1]
 
 
-def _convergence(traces: dict[str, Tensor], segment_len: int) -> Figure:
+def _convergence(histories: dict[str, Tensor], segment_len: int) -> Figure:
     title = f"Finding the equilibrium of the trained cell (T = {segment_len})"
     figure, axes = _figure(title, "evaluations of f", "relative residual")
-    for name, trace in traces.items():
-        steps = range(1, len(trace) + 1)
-        (line,) = axes.semilogy(steps, trace.median(dim=1).values.clamp_min(1e-9), label=f"{name}, median")
-        axes.fill_between(
-            steps, trace.amin(dim=1).clamp_min(1e-9), trace.amax(dim=1), color=line.get_color(), alpha=0.2, linewidth=0
-        )
-    axes.legend(title="band: best to worst sample")
+    for name, history in histories.items():
+        steps = range(1, len(history) + 1)
+        (line,) = axes.semilogy(steps, history.median(dim=1).values.clamp_min(1e-9), label=f"{name}, median")
+        best, worst = history.amin(dim=1).clamp_min(1e-9), history.amax(dim=1)
+        axes.fill_between(steps, best, worst, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.legend(title="band: best to worst sequence")
     return figure

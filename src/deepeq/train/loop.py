@@ -3,47 +3,34 @@
 import math
 import shlex
 import time
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
 
 from deepeq.data import SPLITS, Batches, Split, load_corpus
-from deepeq.models import LanguageModel, TiedNetwork
-from deepeq.train.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    random_states,
-    read_content,
-    save_checkpoint,
-    set_random_states,
-)
-from deepeq.train.config import RunConfig, load_config, plain, save_config
-from deepeq.train.cores import Cores
-from deepeq.train.devices import any_process, is_sharded, make_fabric
-from deepeq.train.display import Display, preparation
-from deepeq.train.evaluation import evaluate, measure_spectral_radius
-from deepeq.train.folder import RunFolder
-from deepeq.train.health import warnings
-from deepeq.train.loggers import make_loggers, quiet_writers
-from deepeq.train.metrics import Averages, MetricsFile, describe, peak_memory_mb, quality
-from deepeq.train.optimizer import scheduled_depth, scheduled_solver
-from deepeq.train.signals import stop_on_signal
-from deepeq.train.step import Step, TrainingError
-from deepeq.train.storage import DamagedError, open_stored, remove_temporary
-
-__all__ = ["Interrupted", "Trainer", "TrainingError"]
-
+from deepeq.models import LanguageModel
+from deepeq.train.checkpoint import Checkpoint, SavedCheckpoint, random_states, save_checkpoint, set_random_states
+from deepeq.train.config import RunConfig
+from deepeq.train.distributed import any_process, peak_memory_mb, stop_on_signal
+from deepeq.train.evaluation import Averages, evaluate, measure_spectral_radius, quality_metrics
+from deepeq.train.logging import Display, MetricsFile, describe, diagnostics, preparation
+from deepeq.train.pretrained import TrainedModel, save_model
+from deepeq.train.recipe import RunFolder, load_config, save_config, to_plain
+from deepeq.train.step import Step
+from deepeq.train.summary import write_card
 
 _FIXED = (
-    "equilibrium.warm_up_share",
+    "equilibrium.pretrain_fraction",
     "optimizer.name",
     "train.batch_size",
     "train.segment_len",
     "train.seed",
     "train.precision",
 )
-"""Fields, besides those of the model, that a run keeps when it is resumed."""
+"""Fields, besides those of the model, that a resumed run must keep."""
 
 
 class Interrupted(Exception):
@@ -51,20 +38,16 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """One run: a model, its optimizer, its place in the data.
+    """One run: a model, its optimizer, and its place in the data.
 
     Args:
         config: The run.
-        folder: Where it writes.
-        resume: Whether it goes on from the newest checkpoint there.
-        fabric: The processes that it runs in; None to launch them.
+        folder: The folder that it writes to.
+        fabric: The processes that it runs in.
     """
 
-    def __init__(
-        self, config: RunConfig, folder: RunFolder, *, resume: bool = False, fabric: Fabric | None = None
-    ) -> None:
-        self.config, self.folder = config, folder
-        self.fabric = fabric = make_fabric(config.train) if fabric is None else fabric
+    def __init__(self, config: RunConfig, folder: RunFolder, fabric: Fabric) -> None:
+        self.config, self.folder, self.fabric = config, folder, fabric
         torch.manual_seed(config.train.seed)
         # One process prepares the text, the others find it prepared.
         with preparation() as progress, fabric.rank_zero_first():
@@ -73,49 +56,45 @@ class Trainer:
         if config.train.precision == "64-true":
             self.model.double()
         self.averages = Averages(fabric)
-        self.cores = Cores.of(self.model, config, lambda solution: self.averages.add_solution("backward", solution))
-        self.warm_up_steps = 0 if self.cores is None else self.cores.warm_up_steps
-        self.batches = {split: self._batches(split) for split in SPLITS}
-        self._step = Step(self.model, config, self._batches("train", whole=True), fabric, self.averages)
-        if fabric.global_rank > 0:  # dropout has to differ between the processes
+        self.optimizer_step = Step(self.model, config, self.batches("train"), fabric, self.averages)
+        if fabric.global_rank > 0:  # dropout must differ between the processes
             torch.manual_seed(config.train.seed + fabric.global_rank * 1_000_003)
-
         self.step, self.seconds, self.best_nll = 0, 0.0, math.inf
         self.validations: list[float] = []
         self.display = Display(config.train.steps, enabled=fabric.is_global_zero)
-        if resume:
-            self._resume()
-        if fabric.is_global_zero:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            remove_temporary(folder.checkpoints)
-            save_config(config, folder.config)
-            if self.corpus.vocabulary is not None:
-                self.corpus.vocabulary.save(folder.vocabulary)
-        self.metrics = MetricsFile(folder.metrics, step=self.step, enabled=fabric.is_global_zero)
-        self.loggers = make_loggers(config, folder.path, self.step) if fabric.is_global_zero else []
+        self.loggers: Sequence[Logger] = ()
 
-    def fit(self) -> None:
+    def fit(self, loggers: Sequence[Logger] = ()) -> None:
         """Train to the last step.
 
+        Args:
+            loggers: Where metrics go, in the process that writes them.
+
         Raises:
-            TrainingError: the loss or the gradient became non-finite; the parameters of the step before are untouched.
-            Interrupted: SIGINT or SIGTERM; a checkpoint was saved.
+            TrainingError: The loss or the gradient became non-finite; the parameters of the step before are untouched.
+            Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         """
+        self.loggers = loggers
         train, start = self.config.train, time.perf_counter() - self.seconds
-        with self.display, quiet_writers(), stop_on_signal() as signals:
+        pretrain_steps = 0 if self.config.model.depth else self.config.equilibrium.pretrain_steps(train.steps)
+        if self.fabric.is_global_zero:
+            save_config(self.config, self.folder.config)
+        with self.display, stop_on_signal() as signals:
             self.display.step(self.step)
             self.display.say(self._headline())
             if self.step == 0:
-                self._save()  # so that a run killed early can go on
+                self._save()  # so that a run that is killed early can continue
             since, tokens = time.perf_counter(), 0
             while self.step < train.steps:
-                tokens += self._take_step()
+                if self.step == pretrain_steps:
+                    self.averages.clear()  # the averages of the shallow stack end with it
+                tokens += self.optimizer_step.run(self.step, self.validations)
                 self.step += 1
+                self.seconds = time.perf_counter() - start
                 self.display.step(self.step)
                 if self.step % train.log_every == 0 or self.step == train.steps:
-                    self._log(tokens / (time.perf_counter() - since))
+                    self._log(tokens / (time.perf_counter() - since), pretraining=self.step <= pretrain_steps)
                     since, tokens = time.perf_counter(), 0
-                self.seconds = time.perf_counter() - start
                 if self.step % train.eval_every == 0 or self.step == train.steps:
                     before = time.perf_counter()
                     self._validate()
@@ -125,122 +104,82 @@ class Trainer:
                 if self.step % train.checkpoint_every == 0 or self.step == train.steps or stop:
                     self._save()
                 if stop and self.step < train.steps:
-                    recipe = shlex.quote(str(self.folder.config))
                     raise Interrupted(
-                        f"stopped at step {self.step} of {train.steps}; go on with: deepeq train --config {recipe} "
-                        "--resume yes"
+                        f"stopped at step {self.step} of {train.steps}; continue with: deepeq train --config "
+                        f"{shlex.quote(str(self.folder.config))} --resume yes"
                     )
 
-    def use_core(self, phase: Literal["warm_up", "train", "evaluation"]) -> None:
-        """Put the core of a phase into the model; an explicit network has but one."""
-        if self.cores is not None:
-            assert isinstance(self.model.network, TiedNetwork)
-            self.model.network.core = getattr(self.cores, phase)
-
     def evaluate(self, split: Split) -> dict[str, Any]:
-        """Quality on a split, with the core of evaluation, written to the metrics."""
+        """Return the quality on a split, solved as in evaluation, and write it to the metrics."""
         self.model.eval()
-        self.use_core("evaluation")
-        values = evaluate(self.model, self.batches[split], fabric=self.fabric)
-        values |= quality(self.corpus.level, values["nll"])
-        if split == "valid" and self.cores is not None:
-            values["spectral_radius"] = measure_spectral_radius(self.model, self._batches(split, whole=True))
+        how, whole = self.config.evaluation_how(), self.batches(split)
+        own = whole.shard(self.fabric.global_rank, self.fabric.world_size)
+        values = evaluate(self.model, own, how=how, fabric=self.fabric)
+        values |= self.quality(split, values["nll"])
+        if split == "valid" and how is not None:
+            values["spectral_radius"] = measure_spectral_radius(self.model, whole, how)
         self._record(split, values)
         return values
 
-    def load_best(self) -> None:
-        """Put the checkpoint with the least validation loss into the model."""
-        load_checkpoint(self.folder.best, self.model)
+    def quality(self, split: Split, nll: float) -> dict[str, float]:
+        """Return what the field reports for a mean loss on a split."""
+        return quality_metrics(self.corpus.unit, nll, bytes_per_token=self.corpus.bytes_per_token(split))
 
-    def _take_step(self) -> int:
-        if self.step == self.warm_up_steps:
-            self.averages.clear()
-        self.use_core("warm_up" if self.step < self.warm_up_steps else "train")
-        if self.cores is not None:
-            config, num_steps = self.config.equilibrium, self.config.train.steps
-            self.cores.train.solver = scheduled_solver(config, self.step, num_steps, self.validations)
-            if self.step < self.warm_up_steps:
-                self.cores.warm_up.depth = scheduled_depth(config, self.step, num_steps, self.validations)
-        return self._step.take(self.step, self.validations)
+    def batches(self, split: Split) -> Batches:
+        """Return a split, with the rows of all processes.
 
-    def _validate(self) -> None:
-        values = self.evaluate("valid")
-        self.validations.append(values["nll"])
-        self.display.say(f"step {self.step}: validation {describe(values)}")
-        if values["nll"] < self.best_nll:
-            self.best_nll = values["nll"]
-            content = Checkpoint(self._progress(), None, {})
-            save_checkpoint(self.folder.best, self.model, content, fabric=self.fabric)
-
-    def _log(self, tokens_per_second: float) -> None:
-        values: dict[str, Any] = self.averages.compute()
-        values |= quality(self.corpus.level, values["nll"]) | {
-            "tokens_per_second": round(tokens_per_second, 1),
-            "learning_rate": self._step.optimizer.param_groups[0]["lr"],
-            "peak_memory_mb": round(peak_memory_mb(self.fabric.device), 1),
-            "warm_up": float(self.step <= self.warm_up_steps),
-        }
-        self._record("train", values)
-        self.display.metrics(self.step, describe(values))
-        self.averages.clear()
-
-    def _record(self, split: Split, values: dict[str, Any]) -> None:
-        row = {"split": split, "step": self.step, **values, "seconds": round(self.seconds, 2)}
-        if not self.fabric.is_global_zero:
-            return
-        self.metrics.write(row)
-        if split != "test":
-            for logger in self.loggers:
-                logger.log_metrics({f"{split}/{name}": value for name, value in values.items()}, self.step)
-            for warning in warnings(self.metrics.rows):
-                self.display.say(f"WARNING: {warning}")
-
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "best_nll": self.best_nll,
-            "validations": self.validations,
-            "averages": self.averages.state(),
-            "text": self.corpus.fingerprint,
-            "config": plain(self.config),
-        }
-
-    def _save(self) -> None:
-        path = self.folder.at_step(self.step, sharded=is_sharded(self.model))
-        content = Checkpoint(self._progress(), self._step.memory, random_states(self.fabric))
-        save_checkpoint(path, self.model, content, optimizer=self._step.optimizer, fabric=self.fabric)
-        if self.fabric.is_global_zero:
-            self.folder.keep(self.config.train.keep_checkpoints)
-        self.fabric.barrier()
-
-    def _resume(self) -> None:
-        path, now = self.folder.last, self.config
-        assert path is not None
-        self._check_changes()
+        Raises:
+            ValueError: The split does not fit the batch size or the number of processes.
+        """
+        train = self.config.train
+        length = train.segment_len if split == "train" else self.config.eval_segment_len
+        name = "batch_size" if split == "train" else "eval_batch_size"
         try:
-            progress = read_content(open_stored(path)).progress
-        except DamagedError as error:
-            older = self.folder.saved[:-1]
-            hint = f"; delete it to go on from {older[-1].name}" if older else ""
-            raise ValueError(f"{error}{hint}") from error
+            batches = self.corpus.stream(split, batch_size=getattr(train, name), segment_len=length)
+            if split != "train":
+                batches.shard(0, self.fabric.world_size)
+        except ValueError as error:
+            raise ValueError(
+                f"the {split} data and train.{name}={getattr(train, name)!r} do not fit: {error}"
+            ) from error
+        return batches
+
+    @property
+    def trained(self) -> TrainedModel:
+        """The model as it is now, with what it needs to predict."""
+        config, corpus = self.config, self.corpus
+        return TrainedModel(
+            config=config,
+            vocab_size=corpus.vocab_size,
+            tokenizer=corpus.tokenizer,
+            model=self.model,
+            data=config.data,
+        )
+
+    def restore(self, saved: SavedCheckpoint) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: The checkpoint is of another configuration, another text or another model.
+        """
+        self._check_changes()
+        progress, steps = saved.progress, self.config.train.steps
         if progress["text"] != self.corpus.fingerprint:
             raise ValueError(f"the text of {self.folder.path} has changed since its checkpoint; start a new run")
-        if progress["step"] > now.train.steps:
-            raise ValueError(f"{self.folder.path} is at step {progress['step']}, past train.steps={now.train.steps}")
-        content = load_checkpoint(path, self.model, self._step.optimizer)
+        if progress["step"] > steps:
+            raise ValueError(f"{self.folder.path} is at step {progress['step']}, past train.steps={steps}")
+        content = saved.restore(self.model, self.optimizer_step.optimizer)
         self.step, self.seconds, self.best_nll = progress["step"], progress["seconds"], progress["best_nll"]
         self.validations = progress["validations"]
         self.averages.restore(progress["averages"])
-        self._step.restore_memory(content.memory)
+        self.optimizer_step.restore_memory(content.memory)
         if not set_random_states(content.random, self.fabric):
-            self.display.say("another number of processes than before: dropout masks are drawn anew")
+            self.display.say("the number of processes has changed, so dropout masks are drawn from new generators")
 
     def _check_changes(self) -> None:
-        """Refuse a configuration that cannot go on with the run, and tell what else has changed."""
-        before = plain(load_config(self.folder.config, complete=True))
+        """Refuse a configuration that cannot continue the run, and tell what else has changed."""
+        before, now = to_plain(load_config(self.folder.config, complete=True)), to_plain(self.config)
         parts = ("data", "model", "equilibrium", "optimizer", "train")
-        now = plain(self.config)
         changed = [
             f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != before[part].get(name)
         ]
@@ -248,24 +187,60 @@ class Trainer:
         if fixed:
             raise ValueError(f"{self.folder.path} was trained with another {', '.join(fixed)}; start a new run")
         if changed:
-            self.display.say(f"goes on with another {', '.join(changed)}")
+            self.display.say(f"continues with another {', '.join(changed)}")
 
-    def _batches(self, split: Split, *, whole: bool = False) -> Batches:
-        """The share of this process in a split, or the whole of it."""
-        train = self.config.train
-        training = split == "train"
-        length = train.segment_len if training or train.eval_segment_len is None else train.eval_segment_len
-        field = "batch_size" if training else "eval_batch_size"
-        try:
-            batches = self.corpus.stream(split, batch_size=getattr(train, field), segment_len=length)
-            return batches if whole else batches.shard(self.fabric.global_rank, self.fabric.world_size)
-        except ValueError as error:
-            raise ValueError(
-                f"the {split} data and train.{field}={getattr(train, field)!r} do not fit: {error}"
-            ) from error
+    def _validate(self) -> None:
+        values = self.evaluate("valid")
+        self.validations.append(values["nll"])
+        self.display.say(f"step {self.step}: validation {describe(values)}")
+        if values["nll"] < self.best_nll:
+            self.best_nll = values["nll"]
+            facts = {"step": self.step, "valid_nll": self.best_nll}
+            save_model(self.folder.best, self.trained, facts=facts, fabric=self.fabric)
+            if self.fabric.is_global_zero:
+                write_card(self.folder.best, self.trained, valid=values)
+
+    def _log(self, tokens_per_second: float, *, pretraining: bool) -> None:
+        values: dict[str, Any] = self.averages.compute()
+        values |= self.quality("train", values["nll"]) | {
+            "tokens_per_second": round(tokens_per_second, 1),
+            "learning_rate": self.optimizer_step.optimizer.param_groups[0]["lr"],
+            "pretraining": float(pretraining),
+        }
+        memory = peak_memory_mb(self.fabric.device)
+        if memory is not None:
+            values["peak_memory_mb"] = memory
+        self._record("train", values)
+        self.display.metrics(self.step, describe(values))
+        self.averages.clear()
+
+    def _record(self, split: Split, values: dict[str, Any]) -> None:
+        row = {f"{split}/{name}": value for name, value in (values | {"seconds": round(self.seconds, 2)}).items()}
+        for logger in self.loggers:
+            if split != "test" or isinstance(logger, MetricsFile):  # the test text makes no curve
+                logger.log_metrics(row, self.step)
+            if split != "test" and isinstance(logger, MetricsFile):
+                for sentence in diagnostics(logger.rows):
+                    self.display.say(f"WARNING: {sentence}")
+
+    def _save(self) -> None:
+        progress = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_nll": self.best_nll,
+            "validations": self.validations,
+            "averages": self.averages.state(),
+            "text": self.corpus.fingerprint,
+        }
+        content = Checkpoint(progress, self.optimizer_step.memory, random_states(self.fabric))
+        path, optimizer = self.folder.at_step(self.step), self.optimizer_step.optimizer
+        save_checkpoint(path, self.model, optimizer, content, self.fabric)
+        if self.fabric.is_global_zero:
+            self.folder.keep(self.config.train.keep_checkpoints)
+        self.fabric.barrier()
 
     def _headline(self) -> str:
-        sizes = " / ".join(f"{self._batches(split, whole=True).num_tokens:,}" for split in SPLITS)
+        sizes = " / ".join(f"{self.batches(split).num_tokens:,}" for split in SPLITS)
         processes = f"{self.fabric.world_size} x " if self.fabric.world_size > 1 else ""
         return (
             f"{self.corpus.name}: {sizes} targets to train / validate / test, {self.corpus.vocab_size:,} types; "

@@ -1,4 +1,4 @@
-"""How a quantity changes over a run: a number that multiplies it, from the share of steps done and the validations."""
+"""How a quantity changes over a run: a factor that depends on the fraction of the steps done and on the validations."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 class Schedule(ABC):
     """A factor of the learning rate, of a tolerance, of a step limit or of a weight.
 
-    It is a pure function of its arguments and keeps nothing from step to step, so that a resumed run goes on exactly.
+    It is a pure function of its arguments and keeps nothing from step to step, so a resumed run continues exactly.
 
     Raises:
-        ValueError: a field is out of range.
+        ValueError: A field is out of range.
     """
 
     def __post_init__(self) -> None:
@@ -22,15 +22,15 @@ class Schedule(ABC):
             raise ValueError("; ".join(f"{type(self).__name__}.{problem}" for problem in problems))
 
     def _problems(self) -> list[str]:
-        """A sentence for each field out of range."""
+        """Return a sentence for each field that is out of range."""
         return []
 
     @abstractmethod
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """What multiplies the quantity.
+        """Return the number that multiplies the quantity.
 
         Args:
-            progress: Share of the steps that is done, 0 at the first step and 1 at the last.
+            progress: Fraction of the steps that are done, 0 at the first step and 1 at the last.
             validations: Losses on the validation text so far, the oldest first.
         """
 
@@ -40,6 +40,7 @@ class Constant(Schedule):
     """No change."""
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
+        """Return the factor at a fraction of the steps."""
         return 1.0
 
 
@@ -56,12 +57,13 @@ class Linear(Schedule):
         return _not_in_range(self, "start") + _not_in_range(self, "end")
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
+        """Return the factor at a fraction of the steps."""
         return (1.0 - progress) * self.start + progress * self.end  # exact at both ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometric(Schedule):
-    """A straight line in the logarithm, as suits tolerances: every step multiplies by the same number."""
+    """A straight line in the logarithm, for tolerances: every step multiplies by the same number."""
 
     start: float = 1.0
     """Factor at the first step."""
@@ -72,6 +74,7 @@ class Geometric(Schedule):
         return _not_in_range(self, "start", positive=True) + _not_in_range(self, "end", positive=True)
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
+        """Return the factor at a fraction of the steps."""
         return self.start ** (1.0 - progress) * self.end**progress  # exact at both ends
 
 
@@ -88,43 +91,46 @@ class Cosine(Schedule):
         return _not_in_range(self, "start") + _not_in_range(self, "end")
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
+        """Return the factor at a fraction of the steps."""
         return self.end + (self.start - self.end) * (0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drops(Schedule):
-    """A multiplication at given shares of the steps."""
+    """A multiplication at given fractions of the steps."""
 
     at: tuple[float, ...] = (0.5, 0.75)
-    """The shares."""
+    """The fractions."""
     multiplier: float = 0.1
-    """What multiplies at each of them."""
+    """Factor at each of them."""
 
     def _problems(self) -> list[str]:
-        return _not_shares(self) + _not_in_range(self, "multiplier", positive=True)
+        return _not_fractions(self) + _not_in_range(self, "multiplier", positive=True)
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        return self.multiplier ** sum(progress >= share for share in self.at)
+        """Return the factor at a fraction of the steps."""
+        return self.multiplier ** sum(progress >= fraction for fraction in self.at)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plateau(Schedule):
-    """A multiplication each time that more than `patience` validations in a row are no improvement on the best."""
+    """A multiplication whenever more than `patience` validations in a row do not improve on the best one."""
 
     multiplier: float = 0.5
-    """What multiplies, in (0, 1)."""
+    """Factor of each multiplication, in (0, 1)."""
     patience: int = 1
-    """Most validations without an improvement that change nothing; the count starts anew after each multiplication."""
+    """Number of validations without an improvement that change nothing; each multiplication resets the count."""
     min_improvement: float = 0.0
-    """A validation has to be lower than the best by more than this to be an improvement."""
+    """A validation is an improvement if it is lower than the best by more than this."""
     floor: float = 0.0
-    """Least factor."""
+    """Smallest factor."""
 
     def _problems(self) -> list[str]:
         problems = _not_decreasing(self) + _not_count(self, "patience")
         return problems + _not_in_range(self, "min_improvement")
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
+        """Return the factor at a fraction of the steps, after the validations so far."""
         best, stalled, times = math.inf, 0, 0
         for loss in validations:
             if loss < best - self.min_improvement:
@@ -138,25 +144,26 @@ class Plateau(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class NonMonotone(Schedule):
-    """A multiplication each time that a validation is worse than the best of those more than `interval` before it.
+    """A multiplication whenever a validation is worse than the best one before the last `interval` validations.
 
-    The trigger of Merity, Keskar, Socher (2017), by which the released TrellisNet code lowers its learning rate.
+    The released TrellisNet code lowers its learning rate by this rule, which is from Merity, Keskar, Socher (2017).
     """
 
     multiplier: float = 0.1
-    """What multiplies, in (0, 1)."""
+    """Factor of each multiplication, in (0, 1)."""
     interval: int = 5
-    """How many validations just before the present one are not looked at."""
+    """Number of validations just before the present one that are not compared."""
     at: tuple[float, ...] = ()
-    """Shares of the steps at which it multiplies besides, whatever the validations."""
+    """Fractions of the steps at which it also multiplies, whatever the validations."""
     floor: float = 0.0
-    """Least factor."""
+    """Smallest factor."""
 
     def _problems(self) -> list[str]:
-        return _not_decreasing(self) + _not_count(self, "interval") + _not_shares(self)
+        return _not_decreasing(self) + _not_count(self, "interval") + _not_fractions(self)
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        best, times = math.inf, sum(progress >= share for share in self.at)
+        """Return the factor at a fraction of the steps, after the validations so far."""
+        best, times = math.inf, sum(progress >= fraction for fraction in self.at)
         for before, loss in zip(validations, validations[self.interval + 1 :], strict=False):
             best = min(best, before)
             times += loss > best
@@ -175,8 +182,8 @@ def _not_count(schedule: Schedule, name: str) -> list[str]:
     return [] if isinstance(value, int) and value >= 0 else [f"{name}={value!r} must be a whole number >= 0"]
 
 
-def _not_shares(schedule: Drops | NonMonotone) -> list[str]:
-    return [] if all(0.0 < share < 1.0 for share in schedule.at) else [f"at={schedule.at!r} must lie in (0, 1)"]
+def _not_fractions(schedule: Drops | NonMonotone) -> list[str]:
+    return [] if all(0.0 < fraction < 1.0 for fraction in schedule.at) else [f"at={schedule.at!r} must lie in (0, 1)"]
 
 
 def _not_decreasing(schedule: Plateau | NonMonotone) -> list[str]:
@@ -186,3 +193,21 @@ def _not_decreasing(schedule: Plateau | NonMonotone) -> list[str]:
     if not 0.0 <= schedule.floor <= 1.0:
         problems.append(f"floor={schedule.floor!r} must lie in [0, 1]")
     return problems
+
+
+def factor_at(
+    schedule: Schedule | None, step: int, first: int, num_steps: int, validations: Sequence[float] = ()
+) -> float:
+    """Return the factor of a schedule at one step; 1 without a schedule.
+
+    Args:
+        schedule: The schedule, or None.
+        step: The step, counted from 0.
+        first: The step that the schedule begins at.
+        num_steps: The number of steps after which it ends.
+        validations: Losses on the validation text before the step, the oldest first.
+    """
+    if schedule is None:
+        return 1.0
+    progress = (step - first) / max(1, num_steps - 1 - first)
+    return schedule.factor(max(0.0, progress), validations)

@@ -5,28 +5,45 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils import _pytree as pytree
 
 from deepeq.data import Batches
+from deepeq.deq import How
 from deepeq.models import LanguageModel, ModelOutput
 from deepeq.solution import ConvergenceError
-from deepeq.train.config import RunConfig
-from deepeq.train.devices import any_process
-from deepeq.train.metrics import Averages
-from deepeq.train.optimizer import jacobian_weight, learning_rate, make_optimizer
+from deepeq.train.config import OptimizerConfig, RunConfig
+from deepeq.train.distributed import any_process
+from deepeq.train.evaluation import Averages
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on: its loss or its gradient is not finite."""
+    """A run cannot continue: its loss or its gradient is not finite."""
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Return the optimizer of a configuration. It decays matrices, but not biases and lengths of normalized rows."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
+    ]
+    if config.name == "sgd":
+        return SGD(groups, lr=config.lr)
+    return AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    # Lengths of normalized rows are (D, 1), biases of attention heads (H, 1, K).
+    return parameter.ndim >= 2 and parameter.shape[1] > 1
 
 
 class Step:
-    """Optimizer steps over the parts of a batch, in this process and the others.
+    """Optimizer steps on the batches of the training data, in this process and the others together.
 
-    The rows of a batch are dealt out to the processes in their order, and those of a process to its `train.accumulate`
+    The rows of a batch are dealt out to the processes in order, and the rows of a process to its `train.accumulate`
     parts. Each part carries the memory of its own rows.
 
     Args:
@@ -34,18 +51,18 @@ class Step:
         config: The run.
         batches: The training data, with the rows of all processes.
         fabric: The processes.
-        averages: Where the losses, the gradient's norm and the forward solves are counted.
+        averages: Collects the losses, the norm of the gradient and the solves.
 
     Raises:
-        ValueError: the rows cannot be dealt out evenly.
+        ValueError: The rows cannot be dealt out evenly.
     """
 
     def __init__(
         self, model: LanguageModel, config: RunConfig, batches: Batches, fabric: Fabric, averages: Averages
     ) -> None:
         self._model, self._config, self._fabric, self._averages = model, config, fabric, averages
-        self._first, self._count = fabric.global_rank * config.train.accumulate, config.train.accumulate
-        self._num_parts = fabric.world_size * config.train.accumulate  # of all processes
+        self._count = config.train.accumulate
+        self._first, self._num_parts = fabric.global_rank * self._count, fabric.world_size * self._count
         try:
             self._parts = [batches.shard(self._first + index, self._num_parts) for index in range(self._count)]
         except ValueError as error:
@@ -55,11 +72,10 @@ class Step:
             ) from error
         self._memories: list[Any] = [None] * self._count
         self._forward = fabric.setup_module(model)
-        # After the set-up, which may put shards in the place of the parameters.
+        # After the setup, which may replace the parameters by shards.
         self.optimizer = make_optimizer(model, config.optimizer)
-        wrapped = fabric.setup_optimizers(self.optimizer)
-        assert isinstance(wrapped, _FabricOptimizer)
-        self._wrapped_optimizer = wrapped
+        # Any: the annotation of Fabric's method allows a tuple, which one optimizer does not give.
+        self._fabric_optimizer: Any = fabric.setup_optimizers(self.optimizer)
 
     @property
     def memory(self) -> Any:
@@ -69,60 +85,66 @@ class Step:
         return pytree.tree_map(lambda *parts: torch.cat(parts), *self._memories)
 
     def restore_memory(self, memory: Any) -> None:
-        """Take the rows of this process from a memory of the rows of all."""
+        """Take the rows of this process from a memory of the rows of all processes."""
+        for index in range(self._count):
+            place = self._first + index
+            self._memories[index] = pytree.tree_map_only(
+                Tensor,
+                lambda leaf, place=place: leaf.chunk(self._num_parts)[place].to(self._fabric.device, copy=True),
+                memory,
+            )
 
-        def rows(part: int) -> Any:
-            own = lambda leaf: leaf.chunk(self._num_parts)[part].to(self._fabric.device, copy=True)  # noqa: E731
-            return pytree.tree_map_only(Tensor, own, memory)
+    def run(self, step: int, validations: Sequence[float]) -> int:
+        """Run one optimizer step, and return its number of targets in all processes.
 
-        self._memories = [rows(self._first + index) for index in range(self._count)]
-
-    def take(self, step: int, validations: Sequence[float]) -> int:
-        """Run the optimizer once, at a step counted from 0; returns the targets of the batch, over all processes.
+        Args:
+            step: The step, counted from 0.
+            validations: Losses on the validation text before the step, the oldest first.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite; the parameters are as before.
+            TrainingError: The loss or the gradient is not finite; the parameters are as before.
         """
-        num_steps, num_rows, num_tokens = self._config.train.steps, 0, 0
+        config, num_steps, num_rows, num_tokens = self._config, self._config.train.steps, 0, 0
+        how = config.training_how(step, validations, lambda solution: self._averages.add_solution("backward", solution))
+        weight = config.equilibrium.jacobian_weight_at(step, num_steps, validations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optimizer.lr_at(step, num_steps, validations)
         epoch, position = divmod(step, self._parts[0].num_segments)
         if position == 0 or not self._parts[0].continuous:
             self._memories = [None] * self._count
         self._model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self._config.optimizer, step, num_steps, validations)
-        weight = jacobian_weight(self._config.equilibrium, step, num_steps, validations)
-        self._wrapped_optimizer.zero_grad()
+        self._fabric_optimizer.zero_grad()
         for index, batches in enumerate(self._parts):
             tokens, targets = (ids.to(self._fabric.device) for ids in batches.segment(position, epoch=epoch))
             # Gradients travel between processes once, with the last part.
             with self._fabric.no_backward_sync(self._forward, enabled=index + 1 < self._count):
-                self._backward(index, step, tokens, targets, weight)
+                self._backward(index, step, tokens, targets, how, weight)
             num_rows, num_tokens = num_rows + len(targets), num_tokens + targets.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.optimizer.max_gradient_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.optimizer.max_gradient_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not bool(torch.isfinite(norm)):
             raise self._error(step, f"the norm of the gradient is {float(norm)}")
-        self._wrapped_optimizer.step()
+        self._fabric_optimizer.step()
         self._averages.add("gradient_norm", norm, num_rows)
         return num_tokens * self._fabric.world_size
 
-    def _backward(self, index: int, step: int, tokens: Tensor, targets: Tensor, weight: float) -> None:
-        """Add the gradient of a part of the batch."""
+    def _backward(self, index: int, step: int, tokens: Tensor, targets: Tensor, how: How | None, weight: float) -> None:
+        """Add the gradient of one part of the batch."""
         loss, problem = None, ""
+        generators = self._generators(index, step, len(tokens)) if weight else None
+        mixed = self._config.train.precision == "bf16-mixed"
         try:
-            output: ModelOutput = self._forward(
-                tokens,
-                self._memories[index],
-                targets,
-                penalty_generator=self._generators(index, step, len(tokens)) if weight else None,
-            )
+            with torch.autocast(self._fabric.device.type, torch.bfloat16, enabled=mixed):
+                output: ModelOutput = self._forward(
+                    tokens, self._memories[index], targets, how=how, penalty_generator=generators
+                )
             loss = self._loss(output, weight)
             self._memories[index] = output.memory
             if not bool(torch.isfinite(loss)):
                 problem = f"the loss is {float(loss.detach())}"
         except ConvergenceError as error:
             problem = str(error)
-        # All processes stop together: one that waited for the gradients of a failed one would wait for ever.
+        # All processes stop together: one that waited for the gradients of a failed one would wait forever.
         if any_process(bool(problem), self._fabric):
             raise self._error(step, problem or "another process has a loss that is not finite")
         assert loss is not None
@@ -133,9 +155,8 @@ class Step:
 
     def _loss(self, output: ModelOutput, weight: float) -> Tensor:
         assert output.nll is not None
-        nll = output.nll.mean()
-        self._averages.add("nll", nll, output.nll.numel())
-        loss, num_rows = nll, len(output.nll)
+        loss, num_rows = output.nll.mean(), len(output.nll)
+        self._averages.add("nll", loss, output.nll.numel())
         if output.jacobian_penalty is not None:
             self._averages.add("jacobian_penalty", output.jacobian_penalty, num_rows)
             loss = loss + weight * output.jacobian_penalty
@@ -147,7 +168,7 @@ class Step:
         return loss
 
     def _generators(self, index: int, step: int, num_rows: int) -> list[torch.Generator]:
-        """A source for each row and step: a resumed run draws the same vectors, with any number of processes."""
+        """Return a generator for each row of a step, the same ones in a resumed run and in any number of processes."""
         train = self._config.train
         first = step * train.batch_size + (self._first + index) * num_rows
         seeds = [(train.seed + 1_000_003 * row) % 2**63 for row in range(first, first + num_rows)]
@@ -156,5 +177,6 @@ class Step:
     def _error(self, step: int, problem: str) -> TrainingError:
         return TrainingError(
             f"step {step + 1}: {problem}, and the optimizer was not run; lower optimizer.lr (now "
-            f"{self._config.optimizer.lr}), lengthen the warm-up, or go on from the last checkpoint with --resume yes"
+            f"{self._config.optimizer.lr}), raise optimizer.lr_warmup_steps, or continue from the last checkpoint with "
+            "--resume yes"
         )

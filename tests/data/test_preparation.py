@@ -16,13 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepeq.data import SPLITS, Corpus, DataConfig, Vocabulary, load_corpus
-from deepeq.data import encoding as encoding_module
+from deepeq.data import SPLITS, Corpus, DataConfig, Tokenizer, load_corpus, preparation
 from deepeq.data import text as text_module
-from deepeq.data.encoding import write_ids, write_training_ids
-from deepeq.data.files import Progress, sha256_of
-from deepeq.data.prepared import open_prepared
-from deepeq.data.vocabulary import Level
+from deepeq.data.preparation import open_prepared, prepare
+from deepeq.data.text import StringSource, Text
+from deepeq.data.tokenizer import Unit
+from deepeq.files import Progress, sha256_of
 
 REPEATABLE = settings(deadline=None, derandomize=True, database=None)
 LINES = "the cat sat\n\non the mat\nthe end\n"
@@ -38,8 +37,15 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def load(folder: Path, cache: Path, *, level: Level = "word", progress: Progress | None = None) -> Corpus:
-    config = DataConfig(corpus="folder", folder=str(folder), level=level, cache=str(cache))
+def load(
+    folder: Path,
+    cache: Path,
+    *,
+    unit: Unit = "word",
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    config = DataConfig(corpus="folder", folder=str(folder), unit=unit, vocab_size=vocab_size, cache=str(cache))
     corpus = load_corpus(config, progress=progress)
     assert isinstance(corpus, Corpus)
     return corpus
@@ -63,54 +69,81 @@ def refusal(folder: Path, kind: type[Exception] = ValueError, *, verify: bool = 
         open_prepared(folder, verify=verify)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.endswith(".")
+    assert not message.endswith(".")
     return message
+
+
+def text_of(unit: Unit, train: list[str], valid: list[str]) -> Text:
+    """A text whose splits come in given blocks."""
+    source = StringSource("blocks", "".join([*train, *valid]))
+    splits = {"train": lambda: iter(train), "valid": lambda: iter(valid), "test": lambda: iter(["b a\nb"])}
+    size = 300 if unit == "bpe" else None
+    return Text(name="blocks", unit=unit, vocab_size=size, sources=(source,), splits=splits)  # pyright: ignore
 
 
 @REPEATABLE
 @given(
     blocks=st.lists(st.text(st.sampled_from("ab c\n"), max_size=8), max_size=8),
-    other=st.text(st.sampled_from("ab d\n"), max_size=20),
-    level=st.sampled_from(["character", "word"]),
+    other=st.text(st.sampled_from("ab d\n\u20ac"), max_size=20),
+    unit=st.sampled_from(["character", "word"]),
 )
 def test_streamed_ids_are_those_of_the_text_at_once(
-    tmp_path_factory: pytest.TempPathFactory, blocks: list[str], other: str, level: Level
+    tmp_path_factory: pytest.TempPathFactory, blocks: list[str], other: str, unit: Unit
 ):
-    folder = tmp_path_factory.mktemp("ids")
-    vocabulary, train = write_training_ids(blocks, level, folder / "train.ids")
-    valid = write_ids([other], vocabulary, folder / "valid.ids")
-    expected = Vocabulary.from_text("".join(blocks), level)
-    assert vocabulary == expected
-    for name, text, file in (("train.ids", "".join(blocks), train), ("valid.ids", other, valid)):
-        ids = np.fromfile(folder / name, dtype="<i4")
-        assert ids.tolist() == expected.encode(text).tolist()
-        assert (file.tokens, file.sha256) == (len(ids), sha256_of(folder / name))
+    folder = tmp_path_factory.mktemp("ids") / "prepared"
+    train, valid = ["a a\n", *blocks], ["b\nb", other]
+    prepare(text_of(unit, train, valid), folder)
+    record, tokenizer, ids = open_prepared(folder, verify=True)
+    expected = Tokenizer.from_text("".join(train), unit)
+    assert tokenizer == expected
+    for split, text in (("train", "".join(train)), ("valid", "".join(valid))):
+        assert ids[split].tolist() == expected.encode(text).tolist()
+        assert record.splits[split].num_bytes == len(text.encode())
 
 
 def test_ids_are_renumbered_over_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(encoding_module, "_BLOCK_IDS", 3)
+    monkeypatch.setattr(preparation, "BLOCK_IDS", 3)
     text = "e d d c c c b b b b a a a a a\n" * 2
-    vocabulary, _ = write_training_ids([text], "word", tmp_path / "train.ids")
-    assert np.fromfile(tmp_path / "train.ids", dtype="<i4").tolist() == vocabulary.encode(text).tolist()
+    prepare(text_of("word", [text], ["a b"]), tmp_path / "prepared")
+    _, tokenizer, ids = open_prepared(tmp_path / "prepared")
+    assert ids["train"].tolist() == tokenizer.encode(text).tolist()
+
+
+def test_byte_pairs_decode_to_the_text_and_count_its_bytes(tmp_path: Path):
+    train, valid = ["the cat sat on the mat\n", "\u20ac and the hat\n"] * 20, ["zebras \U0001f993 graze\r\n"]
+    prepare(text_of("bpe", train, valid), tmp_path / "prepared")
+    record, tokenizer, ids = open_prepared(tmp_path / "prepared")
+    assert 256 < len(tokenizer) <= 300
+    assert tokenizer.decode(ids["train"]) == "".join(train)
+    assert tokenizer.decode(ids["valid"]) == "".join(valid)
+    assert record.splits["valid"].num_bytes == len("".join(valid).encode())
+    assert record.wanted_vocab_size == 300
+
+
+def test_byte_pairs_of_another_size_are_prepared_for_themselves(text_folder: Path, cache: Path):
+    sizes = [load(text_folder, cache, unit="bpe", vocab_size=size).vocab_size for size in (256, 260, 256)]
+    assert sizes == [256, 260, 256]
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_prepared_folder_holds_ids_vocabulary_and_a_record(prepared: Path, text_folder: Path):
     assert sorted(path.name for path in prepared.iterdir()) == [
         "corpus.json",
         "test.ids",
+        "tokenizer.json",
         "train.ids",
         "valid.ids",
-        "vocabulary.json",
     ]
     record = json.loads((prepared / "corpus.json").read_text())
-    assert (record["format"], record["name"], record["level"]) == ("deepeq.corpus.v1", "text", "word")
-    assert record["vocab_size"] == len(Vocabulary.load(prepared / "vocabulary.json")) == 8
+    assert (record["format"], record["name"], record["unit"]) == ("deepeq.corpus.v2", "text", "word")
+    assert record["vocab_size"] == len(Tokenizer.load(prepared / "tokenizer.json")) == 8
     for split, source in zip(SPLITS, record["sources"], strict=True):
         path, ids = text_folder / f"{split}.txt", prepared / f"{split}.ids"
         assert source["path"] == str(path)
         assert source["bytes"] == path.stat().st_size
         assert source["sha256"] == sha256_of(path)
-        assert record["splits"][split] == {"tokens": ids.stat().st_size // 4, "sha256": sha256_of(ids)}
+        expected = {"tokens": ids.stat().st_size // 4, "sha256": sha256_of(ids), "num_bytes": path.stat().st_size}
+        assert record["splits"][split] == expected
 
 
 def test_splits_are_memory_maps_that_no_write_reaches(prepared: Path):
@@ -127,7 +160,7 @@ def test_memory_holds_a_block_of_the_text_and_not_all(
     write_splits: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(text_module, "BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr(encoding_module, "_BLOCK_IDS", 1 << 12)
+    monkeypatch.setattr(preparation, "BLOCK_IDS", 1 << 12)
     train = "".join(f"word{index % 997} of a line that goes on\n" for index in range(60_000))  # 2 MB
     folder = write_splits(train, "a b\n", "c d\n")
     tracemalloc.start()
@@ -141,13 +174,13 @@ def test_memory_holds_a_block_of_the_text_and_not_all(
 
 def test_second_load_reads_what_the_first_prepared(text_folder: Path, cache: Path):
     seen: list[tuple[str, float]] = []
-    first = load(text_folder, cache, progress=lambda what, share: seen.append((what, share)))
+    first = load(text_folder, cache, progress=lambda what, fraction: seen.append((what, fraction)))
     assert {what for what, _ in seen} == {f"reading the {name} text" for name in ("training", "validation", "test")}
-    shares = [share for _, share in seen]
-    assert shares == sorted(shares)
-    assert 0 < shares[0] < shares[-1] == 1
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions)
+    assert 0 < fractions[0] < fractions[-1] == 1
     seen.clear()
-    second = load(text_folder, cache, progress=lambda what, share: seen.append((what, share)))
+    second = load(text_folder, cache, progress=lambda what, fraction: seen.append((what, fraction)))
     assert not seen
     assert first.fingerprint == second.fingerprint
     assert torch.equal(first.train, second.train)
@@ -159,13 +192,13 @@ def test_changed_text_is_prepared_again(text_folder: Path, cache: Path):
     (text_folder / "train.txt").write_text(LINES.replace("cat", "cow"))
     os.utime(text_folder / "train.txt", ns=(1, 1))  # of the same size, so that the time alone tells
     second = load(text_folder, cache)
-    assert "cow" in second.vocabulary.tokens
+    assert "cow" in second.tokenizer.tokens
     assert first.fingerprint != second.fingerprint
 
 
 def test_each_level_is_prepared_for_itself(text_folder: Path, cache: Path):
-    assert load(text_folder, cache, level="word").level == "word"
-    assert load(text_folder, cache, level="character").level == "character"
+    assert load(text_folder, cache, unit="word").unit == "word"
+    assert load(text_folder, cache, unit="character").unit == "character"
     assert len(list(cache.iterdir())) == 2
 
 
@@ -214,14 +247,16 @@ def test_prepared_folder_beside_a_changed_text_is_not_used(prepared: Path, text_
 
 def test_prepared_folder_of_another_level_beside_the_text_is_not_used(prepared: Path, text_folder: Path, cache: Path):
     prepared.rename(text_folder / "prepared")
-    corpus = load(text_folder, cache, level="character")
-    assert corpus.vocabulary.decode(corpus.train) == LINES
+    corpus = load(text_folder, cache, unit="character")
+    assert corpus.tokenizer.decode(corpus.train) == LINES
 
 
 def test_folder_of_another_level_or_corpus_is_refused(prepared: Path, cache: Path):
-    with pytest.raises(ValueError, match=r"holds words, but data\.level is 'character'; set data\.level to 'word'\.$"):
-        load(prepared, cache, level="character")
-    config = DataConfig(corpus="wikitext103", folder=str(prepared), level="word")
+    with pytest.raises(
+        ValueError, match=r"of the unit 'word', but data\.unit is 'character'; set data\.unit to 'word'$"
+    ):
+        load(prepared, cache, unit="character")
+    config = DataConfig(corpus="wikitext103", folder=str(prepared), unit="word")
     with pytest.raises(
         ValueError, match=r"holds the corpus 'text', but .* 'wikitext103'; set data\.corpus to 'folder'"
     ):
@@ -229,7 +264,7 @@ def test_folder_of_another_level_or_corpus_is_refused(prepared: Path, cache: Pat
 
 
 def test_interrupted_preparation_leaves_nothing(text_folder: Path, cache: Path):
-    def interrupt(what: str, share: float) -> None:
+    def interrupt(what: str, fraction: float) -> None:
         if "test" in what:
             raise KeyboardInterrupt
 
@@ -242,8 +277,8 @@ def test_interrupted_preparation_leaves_nothing(text_folder: Path, cache: Path):
 KILLED = """
 import os, signal, sys
 from deepeq.data import DataConfig, load_corpus
-config = DataConfig(corpus="folder", folder=sys.argv[1], level="word", cache=sys.argv[2])
-load_corpus(config, progress=lambda what, share: os.kill(os.getpid(), signal.SIGKILL) if "test" in what else None)
+config = DataConfig(corpus="folder", folder=sys.argv[1], unit="word", cache=sys.argv[2])
+load_corpus(config, progress=lambda what, fraction: os.kill(os.getpid(), signal.SIGKILL) if "test" in what else None)
 """
 
 
@@ -253,13 +288,13 @@ def test_killed_preparation_leaves_nothing_that_is_taken_for_whole(text_folder: 
     (rest,) = cache.iterdir()
     assert rest.name.startswith(".")
     corpus = load(text_folder, cache)
-    assert corpus.test.tolist() == corpus.vocabulary.encode("the mat\n").tolist()
+    assert corpus.test.tolist() == corpus.tokenizer.encode("the mat\n").tolist()
 
 
 def test_two_preparations_at_once_give_one_folder(text_folder: Path, cache: Path):
     others: list[Corpus] = []
 
-    def prepare_too(what: str, share: float) -> None:
+    def prepare_too(what: str, fraction: float) -> None:
         if "test" in what and not others:
             others.append(load(text_folder, cache))
 
@@ -270,7 +305,7 @@ def test_two_preparations_at_once_give_one_folder(text_folder: Path, cache: Path
 
 
 def test_text_that_changes_while_it_is_read_is_refused(text_folder: Path, cache: Path):
-    def append(what: str, share: float) -> None:
+    def append(what: str, fraction: float) -> None:
         if "test" in what:  # once, or the reader would never arrive at the end
             with (text_folder / "train.txt").open("a") as file:
                 file.write("more\n")
@@ -293,7 +328,7 @@ def test_cache_that_is_read_only_is_named(text_folder: Path, cache: Path, monkey
 
 
 def test_cache_is_where_the_environment_says(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = DataConfig(corpus="folder", folder=str(text_folder), level="word")
+    config = DataConfig(corpus="folder", folder=str(text_folder), unit="word")
     monkeypatch.setenv("DEEPEQ_CACHE", str(tmp_path / "named"))
     load_corpus(config)
     assert len(list((tmp_path / "named").iterdir())) == 1
@@ -303,7 +338,7 @@ def test_cache_is_where_the_environment_says(text_folder: Path, tmp_path: Path, 
     assert len(list((tmp_path / ".cache" / "deepeq").iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["corpus.json", "vocabulary.json", "train.ids", "valid.ids", "test.ids"])
+@pytest.mark.parametrize("name", ["corpus.json", "tokenizer.json", "train.ids", "valid.ids", "test.ids"])
 def test_missing_file_is_named(prepared: Path, name: str):
     (prepared / name).unlink()
     assert name in refusal(prepared, FileNotFoundError)
@@ -335,7 +370,7 @@ def test_changed_id_is_found_by_verification(prepared: Path):
 
 
 def test_changed_vocabulary_is_named(prepared: Path):
-    path = prepared / "vocabulary.json"
+    path = prepared / "tokenizer.json"
     path.write_text(path.read_text().replace("cat", "cow"))
     assert refusal(prepared).startswith(f"{path} is damaged: its checksum is not the recorded one")
 
@@ -345,17 +380,18 @@ def test_changed_vocabulary_is_named(prepared: Path):
     [
         {"vocab_size": 9},
         {"vocab_size": "8"},
-        {"level": "byte"},
-        {"level": ["word"]},
+        {"unit": "byte"},
+        {"unit": ["word"]},
         {"name": 3},
+        {"wanted_vocab_size": "3"},
         {"splits": {}},
         {"splits": []},
-        {"splits": {key: {"tokens": "16", "sha256": "0"} for key in SPLITS}},
-        {"splits": {key: {"tokens": -4, "sha256": "0"} for key in SPLITS}},
+        {"splits": {key: {"tokens": "16", "sha256": "0", "num_bytes": 3} for key in SPLITS}},
+        {"splits": {key: {"tokens": -4, "sha256": "0", "num_bytes": 3} for key in SPLITS}},
         {"splits": {key: {"tokens": 4} for key in SPLITS}},
         {"sources": None},
         {"unknown": 1},
-        {"vocabulary_sha256": "0"},
+        {"tokenizer_sha256": "0"},
     ],
 )
 def test_damaged_record_is_named(prepared: Path, changes: dict):
@@ -369,7 +405,7 @@ def test_record_that_is_not_json_is_named(prepared: Path, content: bytes):
     assert refusal(prepared).startswith(f"{prepared / 'corpus.json'} is damaged: it is not readable as JSON")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "deepeq.corpus.v2"}', '{"model": "bert"}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "deepeq.corpus.v1"}', '{"model": "bert"}'])
 def test_foreign_record_is_named(prepared: Path, content: str):
     (prepared / "corpus.json").write_text(content)
-    assert "corpus.json is not of the format 'deepeq.corpus.v1'" in refusal(prepared)
+    assert "corpus.json is not of the format 'deepeq.corpus.v2'" in refusal(prepared)

@@ -16,12 +16,13 @@ from deepeq import (
     FixedPointIteration,
     ImplicitAdjoint,
     PhantomAdjoint,
+    Pieces,
     Result,
     Solution,
+    Subsequences,
     Unrolled,
 )
 from deepeq.models import TransformerCell, TransformerConfig, TrellisCell, TrellisConfig
-from deepeq.subsequences import Subsequences
 from deepeq.universality import stack
 from tests.problems import relative_residual
 
@@ -322,7 +323,7 @@ def test_state_dict_is_that_of_the_layer() -> None:
     pieces = Subsequences(layer, 2)
     assert pieces.state_dict().keys() == layer.state_dict().keys()
     assert pieces.cell is layer.cell
-    assert (pieces.solver, pieces.adjoint) == (layer.solver, layer.adjoint)
+    assert pieces.how == Pieces(equilibrium=layer.how, length=2)
     assert "length=2" in repr(pieces)
 
 

@@ -1,7 +1,8 @@
 """`deepeq eval`: every option changes the computation, and the default is what training measured."""
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ import torch
 
 from deepeq import Anderson
 from deepeq.cli import main
-from deepeq.train import RunFolder, Trainer, load_config
-from deepeq.train.evaluate_run import EvaluationOptions, evaluate_run
-from deepeq.train.metrics import read_metrics
-from tests.train.conftest import with_run, with_train
+from deepeq.train import EvaluationOptions, evaluate_run, load_config, quality_metrics, read_metrics
+from deepeq.train.evaluation import Averages
+from tests.train.conftest import train, with_run, with_train
 
 Measure = Callable[..., dict[str, Any]]
 
@@ -23,7 +23,7 @@ RECIPES = {
     "transformer": "model: {layer: {class_path: deepeq.models.TransformerConfig, "
     "init_args: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 8}}}\n",
     "trellis": "model: {layer: {class_path: deepeq.models.TrellisConfig, "
-    "init_args: {d_input: 8, d_hidden: 12, d_output: 8}}}\nequilibrium: {subsequence_len: 3}\n",
+    "init_args: {d_input: 8, d_hidden: 12, d_output: 8}}}\nequilibrium: {piece_len: 3}\n",
     "lstm": "model: {layer: {class_path: deepeq.models.RecurrentConfig, init_args: {d_input: 8, d_hidden: 8}}, "
     "depth: 2, tied: false}\n",
     "copy": "data: {corpus: copy_memory, copy_memory: {blank_len: 5, num_train: 8, num_test: 6}}\n"
@@ -40,20 +40,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[dict[str, Path]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
     """A finished run of each kind, without its figures."""
     folder = tmp_path_factory.mktemp("runs")
     for name, recipe in RECIPES.items():
         (folder / f"{name}.yaml").write_text(recipe if name == "copy" else f"data: {{files: ['{text}']}}\n{recipe}")
         length = {"segment_len": 25} if name == "copy" else {"segment_len": 8, "eval_segment_len": 6}
         config = with_train(load_config(folder / f"{name}.yaml"), steps=2, batch_size=4, eval_batch_size=2, **length)
-        trainer = Trainer(with_run(config, dir=str(folder / name)), RunFolder(folder / name))
-        trainer.fit()
-        trainer.load_best()
-        trainer.evaluate("test")
-    with pytest.MonkeyPatch.context() as patch:  # to read a configuration takes longer than to evaluate these runs
-        patch.setattr("deepeq.train.folder.load_config", cache(load_config))
-        yield {name: folder / name for name in RECIPES}
+        train(with_run(config, dir=str(folder / name)))
+    return {name: folder / name for name in RECIPES}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +72,7 @@ def test_default_is_what_training_measured(measure: Measure, runs: dict[str, Pat
 def test_command_takes_every_option_and_its_last_line_is_what_was_used(
     runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"split": "valid", "batch_size": 1, "segment_len": 9, "memory_len": 3, "subsequence_len": 4}
+    options = {"split": "valid", "batch_size": 1, "segment_len": 9, "memory_len": 3, "piece_len": 4}
     of_solver = {"rtol": 0.01, "atol": 0.5, "max_steps": 7}
     given = [f"--{name}={value}" for name, value in (options | of_solver).items()]
     solver = ["--solver", "Anderson", "--solver.history_size", "5", "--device", "cpu"]
@@ -124,7 +119,7 @@ def test_memory_changes_the_loss_and_is_told(measure: Measure) -> None:
     assert measure("trellis", split="test")["memory_len"] is None
 
 
-@pytest.mark.parametrize("pieces", [{"segment_len": 5}, {"segment_len": 20, "subsequence_len": 7}])
+@pytest.mark.parametrize("pieces", [{"segment_len": 5}, {"segment_len": 20, "piece_len": 7}])
 def test_with_a_memory_of_everything_the_pieces_do_not_matter(measure: Measure, pieces: dict[str, int]) -> None:
     whole = measure("transformer", memory_len=1000, segment_len=40, **EXACT)
     parts = measure("transformer", memory_len=1000, **EXACT, **pieces)
@@ -133,8 +128,8 @@ def test_with_a_memory_of_everything_the_pieces_do_not_matter(measure: Measure, 
 
 
 def test_subsequence_of_zero_solves_a_segment_as_a_whole(measure: Measure) -> None:
-    whole, pieces = measure("trellis", subsequence_len=0), measure("trellis", split="test")
-    assert (whole["subsequence_len"], pieces["subsequence_len"]) == (None, 3)
+    whole, pieces = measure("trellis", piece_len=0), measure("trellis", split="test")
+    assert (whole["piece_len"], pieces["piece_len"]) == (None, 3)
     assert whole["forward_steps"] > pieces["forward_steps"]
 
 
@@ -155,7 +150,7 @@ def test_explicit_network_has_no_solver(measure: Measure) -> None:
     [
         ("lstm", {"rtol": 0.1, "max_steps": 3}, r"rtol, max_steps cannot be chosen: .*lstm is an explicit network"),
         ("lstm", {"solver": Anderson()}, "solver cannot be chosen"),
-        ("lstm", {"subsequence_len": 0}, "subsequence_len cannot be chosen"),
+        ("lstm", {"piece_len": 0}, "piece_len cannot be chosen"),
         ("lstm", {"memory_len": 3}, "memory_len=3 is of Transformers"),
         ("trellis", {"memory_len": 0}, "memory_len=0 is of Transformers"),
         ("copy", {"memory_len": 3}, "memory_len=3 changes nothing"),
@@ -164,7 +159,7 @@ def test_explicit_network_has_no_solver(measure: Measure) -> None:
         ("trellis", {"rtol": 0.0}, "rtol and atol of Broyden are both 0"),
         ("trellis", {"max_steps": -1}, "max_steps=-1 of Broyden must be a whole number >= 0"),
         ("trellis", {"memory_len": -1, "batch_size": 0}, "batch_size=0 must be >= 1; memory_len=-1 must be >= 0"),
-        ("trellis", {"segment_len": 0, "subsequence_len": -3}, "segment_len=0 must be >= 1; subsequence_len=-3 must"),
+        ("trellis", {"segment_len": 0, "piece_len": -3}, "segment_len=0 must be >= 1; piece_len=-3 must"),
         ("trellis", {"batch_size": 100_000}, "too short for batch_size=100000"),
     ],
 )
@@ -200,3 +195,28 @@ def test_mistake_exits_with_2_and_without_a_traceback(
 def test_device_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="device='cuda' finds no CUDA device"):
         EvaluationOptions(device="cuda")
+
+
+def test_quality_is_what_the_field_reports() -> None:
+    assert quality_metrics("character", math.log(8)) == pytest.approx({"bits_per_character": 3.0})
+    assert quality_metrics("word", math.log(8)) == pytest.approx({"perplexity": 8.0})
+    expected = {"perplexity": 8.0, "bits_per_byte": 0.75}
+    assert quality_metrics("bpe", math.log(8), bytes_per_token=4.0) == pytest.approx(expected)
+    assert quality_metrics("symbol", 0.5) == {"loss": 0.5}
+
+
+def test_means_are_weighted_and_maxima_kept() -> None:
+    averages = Averages()
+    averages.add("nll", torch.tensor(1.0), 3)
+    averages.add("nll", torch.tensor(5.0), 1)
+    for value in (2.0, 7.0, 4.0):
+        averages.add_max("residual", torch.tensor(value))
+    assert averages.compute() == pytest.approx({"nll": 2.0, "residual": 7.0})
+
+
+def test_restored_averages_go_on_exactly() -> None:
+    averages, other = Averages(), Averages()
+    averages.add("nll", torch.tensor(0.1), 3)
+    averages.add_max("residual", torch.tensor(0.1, dtype=torch.float64) / 3)
+    other.restore(json.loads(json.dumps(averages.state())))
+    assert other.compute() == averages.compute()

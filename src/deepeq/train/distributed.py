@@ -1,9 +1,12 @@
-"""Where a run computes: one process, or several that `torchrun` has started."""
+"""Where a run computes: one process, or several that `torchrun` started; and how it is stopped from outside."""
 
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from lightning.fabric import Fabric
@@ -21,10 +24,10 @@ from deepeq.train.config import TrainConfig
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
-    """The launched Fabric of a run: in one process, or in each of those that `torchrun` has started.
+    """Return the launched Fabric of a run: in one process, or in each of those that `torchrun` started.
 
     Raises:
-        ValueError: a strategy for several processes is asked for outside `torchrun`, or a device that is not there.
+        ValueError: A strategy for several processes is asked for outside `torchrun`, or a device is not there.
     """
     if config.accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.accelerator='cuda' finds no CUDA device; use 'auto' or 'cpu'")
@@ -44,11 +47,12 @@ def make_fabric(config: TrainConfig) -> Fabric:
             devices=num_local,
             num_nodes=num_processes // num_local,
             strategy=_strategy(config.strategy, num_processes),
-            # Fabric has double precision for some strategies only; a model in float64 needs nothing from it.
-            precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
+            # The training step opens autocast itself: Fabric's own would convert the arguments of the model, and fails
+            # at the frozen value that says how to solve.
+            precision="32-true",
         )
         fabric.launch()
-    except MisconfigurationException as error:  # more processes than devices, for one
+    except MisconfigurationException as error:  # such as more processes than devices
         raise ValueError(f"{num_local} processes on this machine cannot be started: {error}") from error
     return fabric
 
@@ -62,23 +66,23 @@ def _strategy(name: str, num_processes: int) -> Strategy | str:
 
 
 def _shard(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
-    """FSDP2: the network is gathered for the length of its call; the rest for that of the whole model.
+    """Shard with FSDP2: the network is gathered for its own call, and the rest for the call of the whole model.
 
-    A call of a tied network is its whole solve, so that the cell is gathered once a solve, and not once an evaluation.
+    A call of a tied network is a whole solve, so the cell is gathered once per solve and not once per evaluation.
     """
     # The outputs that it warns of are views, but nothing changes them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     fully_shard(model.network, mesh=mesh["data_parallel"])
-    # Embedding and softmax share parameters, so that they cannot be units of their own.
+    # Embedding and softmax share parameters, so they cannot be units of their own.
     fully_shard(model, mesh=mesh["data_parallel"])
     return model
 
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Take floats too small to be normal for zero, on the CPU.
+    """Treat floats that are too small to be normal as zero, on the CPU.
 
-    Saturated softmaxes give such gradients, which made products four times slower.
+    Saturated softmaxes give such gradients, which make products four times slower.
     """
     before = bool(torch.tensor(1e-40) * 1.0 == 0.0)
     torch.set_flush_denormal(True)
@@ -88,14 +92,9 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of the parameters only."""
-    return isinstance(model, FSDPModule)
-
-
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All parameters on all processes, for calls of parts of a sharded model; afterwards they are sharded again."""
+    """Hold all parameters in all processes, for calls of parts of a sharded model; then shard them again."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -107,9 +106,53 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def any_process(flag: bool, fabric: Fabric) -> bool:
-    """Whether the flag is set in any process; all of them get the same answer."""
+    """Return, in every process, whether the flag is set in any of them."""
     if fabric.world_size == 1:
         return flag
     total = torch.tensor(float(flag), device=fabric.device)
     torch.distributed.all_reduce(total)  # without the barrier that Fabric's own would add
     return bool(total > 0)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Yield a list that is empty until SIGINT or SIGTERM comes; a second signal ends the process as usual.
+
+    Under `torchrun`, which repeats the signal that the terminal sent already, a second signal changes nothing.
+    `torchrun` kills processes that have not ended after half a minute.
+    """
+    received: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if not is_torchelastic_launched():
+            signal.signal(number, usual[signal.Signals(number)])
+
+    try:
+        for number in usual:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Return the largest memory that was in use, in MiB: of a CUDA device, or of this process on the CPU.
+
+    It is None on Windows, whose Python cannot tell.
+    """
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource  # here, because Windows has no such module
+    except ModuleNotFoundError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether each process holds only a part of the parameters."""
+    return isinstance(model, FSDPModule)

@@ -15,16 +15,15 @@ from deepeq import GMRES, Anderson, Broyden, FixedPointIteration
 from deepeq.cli import main
 from deepeq.data import DataConfig
 from deepeq.models import LanguageModel, ModelConfig, TransformerConfig, TrellisConfig
-from deepeq.train.config import EquilibriumConfig, RunConfig, TrainConfig
-from deepeq.train.info import describe_model
+from deepeq.train import EquilibriumConfig, RunConfig, TrainConfig, describe_model
 
 EQUILIBRIUM = EquilibriumConfig(
     solver=Anderson(history_size=3, max_steps=20),
-    backward=GMRES(max_steps=7),
-    evaluation=Broyden(history_size=5, max_steps=9),
+    backward_solver=GMRES(max_steps=7),
+    eval_solver=Broyden(history_size=5, max_steps=9),
 )
 TRELLIS = RunConfig(
-    data=DataConfig(corpus="penn_treebank", level="word"),
+    data=DataConfig(corpus="penn_treebank", unit="word"),
     model=ModelConfig(layer=TrellisConfig(d_input=4, d_hidden=6, d_output=4)),
     equilibrium=EQUILIBRIUM,
     train=TrainConfig(segment_len=10),
@@ -67,10 +66,10 @@ def test_costs_of_a_transformer_count_attention_over_its_memory() -> None:
 def test_histories_are_the_vectors_that_solvers_keep() -> None:
     info = describe_model(TRANSFORMER)
     assert info["solver_history_bytes"] == 4 * 80 * (2 + 2 * 3)
-    assert info["backward_history_bytes"] == 4 * 80 * (
+    assert info["backward_solver_history_bytes"] == 4 * 80 * (
         2 + 5
     )  # of 7 steps, the first and the last need no vector of the space
-    assert info["evaluation_history_bytes"] == 4 * 80 * 5
+    assert info["eval_solver_history_bytes"] == 4 * 80 * 5
     plain = replace(TRANSFORMER, equilibrium=replace(EQUILIBRIUM, solver=FixedPointIteration()))
     assert describe_model(plain)["solver_history_bytes"] == 0
 
@@ -88,7 +87,7 @@ def test_explicit_network_is_counted_as_a_whole() -> None:
 
 
 def test_pieces_are_what_is_counted_where_a_segment_is_solved_in_pieces() -> None:
-    pieces = replace(TRELLIS, equilibrium=replace(EQUILIBRIUM, subsequence_len=4))
+    pieces = replace(TRELLIS, equilibrium=replace(EQUILIBRIUM, piece_len=4))
     info = describe_model(pieces)
     assert (info["segment_len"], info["solve_len"], info["state_size"]) == (10, 4, 2 * 4 * 6)
     assert info["flops_per_evaluation"] == 2 * 4 * (2 * 6) * (4 * 6)
