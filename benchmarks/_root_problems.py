@@ -1,4 +1,4 @@
-"""Systems of equations with a root, as they are used to test root finders, and some without.
+"""Systems of equations for testing root finders, most with a root and some without.
 
 Each function is written for any array module `xp` with the names that torch, NumPy and jax.numpy share, so that every
 library solves the very same equations. It takes the components of `x` along the last dimension. The formulas are those
@@ -36,11 +36,11 @@ class Problem:
 
     @property
     def z0(self) -> Tensor:
-        """The start as a batch of one, `(1, N)`, float64."""
+        """Return the start as a batch of one, `(1, N)`, float64."""
         return torch.tensor([self.start], dtype=torch.float64)
 
     def g(self, z: Tensor) -> Tensor:
-        """The residual of each row, `(B, N) -> (B, N)`."""
+        """Return the residual of each row, `(B, N) -> (B, N)`."""
         return self.function(torch, z)
 
 
@@ -61,7 +61,7 @@ def _stack(xp: Any, *components: Any) -> Any:
 
 
 def _shifted(xp: Any, x: Any) -> tuple[Any, Any]:
-    """Left and right neighbors, with zeros beyond the ends."""
+    """Return left and right neighbors, with zeros beyond the ends."""
     zero = xp.zeros_like(x[..., :1])
     return xp.concatenate([zero, x[..., :-1]], -1), xp.concatenate([x[..., 1:], zero], -1)
 
@@ -238,7 +238,7 @@ def network(inner: Any, outer: Any, xp: Any, x: Any) -> Any:
 
 
 def heat_step(xp: Any, x: Any) -> Any:
-    """The test's step of Crank and Nicolson, whose Laplacian returns its argument."""
+    """The Crank-Nicolson step of the test, whose Laplacian returns its argument."""
     n = x.shape[-1]
     old = _like(xp, [(-1 + 2 * i / (n - 1)) ** 2 for i in range(n)], x)
     return old + 0.5 * ((1 - x) * x + (1 - old) * old) - x
@@ -310,7 +310,7 @@ def lambert(xp: Any, x: Any) -> Any:
 
 def _problems() -> list[Problem]:
     mgh = [
-        # name, function, start, number there, root, customary multiples of the start
+        # name, function, start, number in the source, root, usual multiples of the start
         ("Rosenbrock", rosenbrock, (-1.2, 1.0), 1, (1.0, 1.0), (1, 10, 100)),
         ("Powell singular", powell_singular, (3.0, -1.0, 0.0, 1.0), 13, (0.0,) * 4, (1, 10)),
         ("Powell badly scaled", powell_badly_scaled, (0.0, 1.0), 3, None, (1, 10)),
@@ -479,7 +479,7 @@ def square_plus_one(xp: Any, x: Any) -> Any:
 
 
 def falling_exponential(xp: Any, x: Any) -> Any:
-    """Tends to zero, and never is."""
+    """A function that tends to zero and never reaches it."""
     return 1e-2 + xp.exp(-x)
 
 

@@ -1,4 +1,4 @@
-"""Runs that a benchmark compares: trained by `deepeq train`, in slices of a few minutes if asked, and read back."""
+"""Runs that a benchmark compares: trained by `deepeq train`, in parts of some minutes if asked, and read back."""
 
 import json
 import math
@@ -11,72 +11,91 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepeq.train import RunFolder, load_config
-from deepeq.train.config import EquilibriumConfig, RunConfig, save_config
-from deepeq.train.metrics import read_metrics
+from _harness import RECIPES, Benchmark
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+from deepeq.train import EquilibriumConfig, RunConfig, RunFolder, load_config, read_metrics, save_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A run to come."""
+    """A run to train."""
 
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     label: str
-    """In tables and figures."""
+    """Name in tables and figures."""
     recipe: str
     """File in `recipes/`, without .yaml."""
     depth: int | None = None
-    """Layers of the weight-tied stack of the recipe's cell, in the place of what the recipe makes of it."""
+    """Number of layers of a weight-tied stack of the recipe's cell; None for the network of the recipe."""
     options: tuple[str, ...] = ()
     """More options of `deepeq train`."""
 
     def config(self) -> RunConfig:
-        """The configuration, without the options."""
+        """Return the configuration, without the options."""
         config = load_config(RECIPES / f"{self.recipe}.yaml")
         if self.depth is None:
             return config
-        model = replace(config.model, depth=self.depth)
-        return replace(config, model=model, equilibrium=EquilibriumConfig())
+        return replace(config, model=replace(config.model, depth=self.depth), equilibrium=EquilibriumConfig())
 
 
 class Outcome(NamedTuple):
-    """What a finished run has reached."""
+    """What a finished run reached."""
 
     name: str
     label: str
-    result: dict[str, Any]  # of result.json
+    config: RunConfig
+    result: dict[str, Any]  # result.json
     tokens: int  # that it was trained on
     valid: list[tuple[int, float, float]]  # (tokens, seconds, quality) of each validation
-    rows: list[dict[str, Any]]  # of metrics.jsonl
+    rows: list[dict[str, Any]]  # metrics.jsonl
 
     def quality(self, split: str) -> float:
-        """Perplexity a token, or the loss where there is no text."""
+        """Return the perplexity per token, or the loss where there is no text."""
         return quality({name.removeprefix(f"{split}_"): value for name, value in self.result.items()})
 
 
 def quality(values: Mapping[str, Any]) -> float:
-    """Perplexity a token, or the loss, from what a run reports about a text."""
+    """Return the perplexity per token, or the loss, from what a run reports about a text."""
     if "bits_per_character" in values:
         return 2.0 ** values["bits_per_character"]
     return values["perplexity"] if "perplexity" in values else values["loss"]
 
 
-def train_all(runs: Iterable[Planned], folder: Path, *, minutes: float | None) -> bool:
-    """Train what is not finished yet, one run after the other, for so many minutes; returns whether all are finished.
+def add_options(benchmark: Benchmark, *, sizes: Iterable[str] = ()) -> None:
+    """Add the options of a benchmark that trains: `--runs`, `--minutes`, and `--size` where there are several."""
+    parser = benchmark.parser
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: OUT/runs)")
+    parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
+    if sizes:
+        parser.add_argument("--size", choices=tuple(sizes), default="two_cores", help="which recipes")
+
+
+def runs_folder(benchmark: Benchmark) -> Path:
+    """Return the folder of the runs that the arguments name."""
+    return benchmark.arguments.runs or benchmark.arguments.out / "runs"
+
+
+def train_all(benchmark: Benchmark, runs: Sequence[Planned]) -> tuple[list[Outcome], bool]:
+    """Train what is not finished yet, one run after the other, as long as `--minutes` allows.
+
+    Returns:
+        The finished runs, and whether all of them are finished.
 
     Raises:
-        SystemExit: a run failed, or the folder has one of the same name that was planned differently.
+        SystemExit: A run failed, or the folder has a run of the same name that was planned differently.
     """
+    folder, minutes = runs_folder(benchmark), benchmark.arguments.minutes
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    return all(_train(run, folder / run.name, deadline) for run in runs)
+    finished = all(_train(run, folder / run.name, deadline) for run in runs)
+    done = [run for run in runs if RunFolder(folder / run.name).result.exists()]
+    return [_outcome(run, folder / run.name) for run in done], finished
 
 
-def outcomes(runs: Sequence[Planned], folder: Path) -> list[Outcome]:
-    """The finished ones among the runs."""
-    return [_outcome(run, folder / run.name) for run in runs if RunFolder(folder / run.name).result.exists()]
+def continue_later(benchmark: Benchmark, finished: int, total: int) -> None:
+    """Say how many runs are finished, and end with an error where some are not."""
+    if finished < total:
+        benchmark.stop(f"{finished} of {total} runs are finished; continue with the same command")
 
 
 def _train(run: Planned, path: Path, deadline: float) -> bool:
@@ -110,4 +129,4 @@ def _outcome(run: Planned, path: Path) -> Outcome:
     rows = read_metrics(folder.metrics)
     valid = [(row["step"] * tokens_per_step, row["seconds"], quality(row)) for row in rows if row["split"] == "valid"]
     del result["run_dir"]  # a path of this machine
-    return Outcome(run.name, run.label, result, result["num_steps"] * tokens_per_step, valid, rows)
+    return Outcome(run.name, run.label, config, result, result["num_steps"] * tokens_per_step, valid, rows)

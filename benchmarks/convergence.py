@@ -1,6 +1,6 @@
 """How does the residual of trained cells fall with the evaluations of f, by stacking the cell and by each solver?
 
-    deepeq bench convergence --out DIR --runs RUN_DIR [RUN_DIR ...] [--lengths 100 200 400 800]
+    python benchmarks/convergence.py --out DIR --runs RUN_DIR [RUN_DIR ...] [--lengths 100 200 400 800]
 
 Figure 2, right, and figure 4 of the paper. The runs are equilibrium models and weight-tied stacks of text; a dotted
 line marks the number of layers that a stack was trained with. The sequences begin at evenly spaced places of the
@@ -11,11 +11,11 @@ last residual). An evaluation is one call of f for the whole batch; the first on
 
 `evaluations_to` is the median over the sequences of the first evaluation whose residual is within a tolerance, null
 where half of them have none. A residual is that of the state at an evaluation, not of the best one so far, so that
-oscillation shows; `best_residual` is that of the best state, which a solve returns. Relative residuals are
-||f(z) - z|| / ||f(z)|| of a whole sequence. A run that solves its segments in pieces (`equilibrium.subsequence_len`)
-is measured on whole ones too, as if it did not, and on its first piece. Seconds are of one solve after two evaluations
-to warm up; they include the measurement of two norms an evaluation, not what comes before the first one (embedding,
-memory, keys and values).
+oscillation shows; `best_residual` is that of the best state, which a solve returns. Relative residuals are ||f(z) - z||
+/ ||f(z)|| of a whole sequence. A run that solves its segments in pieces (`equilibrium.piece_len`) is measured on whole
+ones too, as if it did not, and on its first piece. Seconds are of one solve after two evaluations that warm up; they
+include the measurement of two norms per evaluation, and not what comes before the first one (embedding, memory, keys
+and values).
 """
 
 import math
@@ -27,20 +27,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _report import command, markdown, origin, parser, write
+from _harness import Benchmark, markdown, number, synchronize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import deepeq
-from deepeq.data import Corpus
+from deepeq.cell import prepare
 from deepeq.models import LanguageModel, TiedNetwork
-from deepeq.norms import two_norm
-from deepeq.packing import Packing
-from deepeq.solvers import Solver
-from deepeq.train import RunFolder
-from deepeq.train.config import EquilibriumConfig, RunConfig
-from deepeq.train.metrics import quality, read_metrics
+from deepeq.train import EquilibriumConfig, RunConfig, RunFolder, quality_metrics, read_metrics
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 RTOL = 1e-6  # where a sample stops: below all of TOLERANCES, and within reach of float32
@@ -48,15 +44,14 @@ DAMPING = 0.5
 
 
 class Trained(NamedTuple):
-    """A run."""
+    """A run, with sequences of validation text."""
 
-    name: str
     config: RunConfig
     model: LanguageModel
     network: TiedNetwork
-    validation: dict[str, float]  # perplexity or bits per character of the checkpoint
+    validation: dict[str, float]  # perplexity or bits per character of the model
     tokens: Tensor  # (B, longest T)
-    memory: Any
+    memory: Any  # what is before them
 
 
 class Trace(NamedTuple):
@@ -68,147 +63,123 @@ class Trace(NamedTuple):
     solution: deepeq.Solution
 
 
-def open_run(path: Path, *, batch_size: int, longest: int) -> Trained:
-    """The model of a run, with sequences of validation text and the memory before them."""
-    folder = RunFolder(path)
-    try:
-        config, _, model = folder.load_model()
-        corpus = folder.load_corpus(config)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"convergence: {error}") from error
-    if not isinstance(model.network, TiedNetwork) or not isinstance(corpus, Corpus):
-        raise SystemExit(
-            f"convergence: {path} must be the run of an equilibrium or of a weight-tied stack (model.tied) on text"
-        )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    segment_len = config.train.eval_segment_len or config.train.segment_len
-    num_before = segment_len * max(1, math.ceil((model.network.cell.memory_length() or 0) / segment_len))
-    needed = num_before + longest
-    available = len(corpus.valid) // batch_size - 1
+def open_run(benchmark: Benchmark, path: Path, *, batch_size: int, longest: int) -> Trained:
+    """Return the model of a run, with sequences of validation text and the memory before them."""
+    trained, corpus = benchmark.open_text_model(path)
+    config, model, network = trained.config, trained.model, trained.model.network
+    if not isinstance(network, TiedNetwork):
+        benchmark.stop(f"{path} must be the run of an equilibrium or of a weight-tied stack (model.tied) on text")
+    segment_len = config.eval_segment_len
+    num_before = segment_len * max(1, math.ceil((network.cell.memory_length() or 0) / segment_len))
+    needed, available = num_before + longest, len(corpus.valid) // batch_size - 1
     if available < needed:
-        raise SystemExit(
-            f"convergence: the validation text of {path} gives {batch_size} sequences of {available} tokens, and "
-            f"T = {longest} after {num_before} tokens of memory needs {needed}: give smaller --lengths or a smaller "
-            "--batch_size"
+        benchmark.stop(
+            f"the validation text of {path} gives {batch_size} sequences of {available} tokens, and T = {longest} "
+            f"after {num_before} tokens of memory needs {needed}: give smaller --lengths or a smaller --batch_size"
         )
-    stream = corpus.stream("valid", batch_size=batch_size, segment_len=needed)
-    tokens = stream.segment(0)[0].to(model.device)
+    tokens = corpus.stream("valid", batch_size=batch_size, segment_len=needed).segment(0)[0].to(model.device)
     memory = None
-    for start in range(0, num_before, segment_len):
-        memory = model.network(model.embedding(tokens[:, start : start + segment_len]), memory).memory
-    nll = [row["nll"] for row in read_metrics(folder.metrics) if row["split"] == "valid"]
-    validation = quality(corpus.level, min(nll)) if nll else {}  # none yet in a run that has just begun
-    return Trained(path.name, config, model, model.network, validation, tokens[:, num_before:], memory)
+    for segment in tokens[:, :num_before].split(segment_len, dim=1):
+        memory = network(model.embedding(segment), memory, how=trained.how).memory
+    nll = [row["nll"] for row in read_metrics(RunFolder(path).metrics) if row["split"] == "valid"]
+    validation = quality_metrics(corpus.unit, min(nll)) if nll else {}  # none yet in a run that has just begun
+    return Trained(config, model, network, validation, tokens[:, num_before:], memory)
 
 
-def solvers_of(config: RunConfig, num_evals: int) -> dict[str, Solver]:
-    """By the name in the legend."""
+def solvers_of(config: RunConfig, num_evals: int) -> dict[str, deepeq.Solver]:
+    """Return the solvers by their names in the legend."""
     limits: dict[str, Any] = {"rtol": RTOL, "max_steps": num_evals}
-    recipe = config.equilibrium.evaluation
-    if not isinstance(recipe, deepeq.Broyden):  # of a stack, or of a run that evaluates with another method
-        recipe = EquilibriumConfig().with_defaults().evaluation
-    assert isinstance(recipe, deepeq.Broyden)
+    own = config.equilibrium.eval_solver
+    if not isinstance(own, deepeq.Broyden):  # a stack, or a run that evaluates with another method
+        own = EquilibriumConfig().with_defaults().eval_solver
+    assert isinstance(own, deepeq.Broyden)
     return {
         "stacking, z <- f(z)": deepeq.FixedPointIteration(**limits),
         f"stacking, damped by {DAMPING:g}": deepeq.FixedPointIteration(damping=DAMPING, **limits),
         "Anderson": deepeq.Anderson(**limits),
         "Broyden, full history": deepeq.Broyden(history_size=num_evals, **limits),
-        "Broyden, window of the recipe": deepeq.Broyden(history_size=recipe.history_size, **limits),
+        "Broyden, window of the recipe": deepeq.Broyden(history_size=own.history_size, **limits),
     }
 
 
-def trace(f: Callable[[Any], Any], z0: Any, solver: Solver) -> Trace:
-    """A solve, with what its own trace lacks."""
-    packing, absolute, seconds = Packing(z0), [], []
+def trace(f: Callable[[Any], Any], z0: Any, solver: deepeq.Solver) -> Trace:
+    """Return a solve with the absolute residual and the time of each evaluation."""
+    absolute, seconds = [], []
 
     def recorded(z: Any) -> Any:
         fz = f(z)
-        absolute.append(two_norm(packing.pack(fz) - packing.pack(z)))
-        if absolute[-1].is_cuda:
-            torch.cuda.synchronize()
+        changes = pytree.tree_leaves(pytree.tree_map(torch.sub, fz, z))
+        absolute.append(torch.cat([change.flatten(1) for change in changes], dim=1).norm(dim=1))
+        synchronize()
         seconds.append(time.perf_counter() - start)
         return fz
 
     start = time.perf_counter()
-    try:
-        with torch.no_grad():
-            solution = deepeq.fixed_point(recorded, z0, solver=solver, on_failure="ignore", verify=False)
-    except deepeq.ConvergenceError as error:  # a non-finite value: what came before it is a result too
-        solution = error.solution
+    with torch.no_grad():
+        solution = deepeq.fixed_point(recorded, z0, solver=solver, on_failure="ignore", nonfinite="keep", verify=False)
     return Trace(solution.residual_history.cpu(), torch.stack(absolute).cpu(), seconds, solution)
 
 
 def evaluations_to(relative: Tensor, tolerance: float) -> float:
-    """The first evaluation within a tolerance, `inf` if there is none; the median over samples."""
+    """Return the median over samples of the first evaluation within a tolerance; `inf` if half of them have none."""
     reached = relative <= tolerance  # (evaluations, B)
     first = torch.where(reached.any(dim=0), reached.int().argmax(dim=0) + 1.0, torch.inf)
     return statistics.median(first.tolist())
 
 
 def describe(traced: Trace) -> dict[str, Any]:
-    """What is kept of a solve."""
-    counts = {f"{tolerance:g}": evaluations_to(traced.relative, tolerance) for tolerance in TOLERANCES}
+    """Return what the result keeps of a solve."""
+
+    def numbers(values: Tensor) -> list[float | None]:
+        return [number(value) for value in values.tolist()]
+
+    relative, best = traced.relative, traced.solution.relative_residual
+    counts = {f"{tolerance:g}": evaluations_to(relative, tolerance) for tolerance in TOLERANCES}
+    times = {name: traced.seconds[math.ceil(n) - 1] if n < math.inf else math.inf for name, n in counts.items()}
     return {
         "outcome": traced.solution.result.name.lower(),
         "evaluations_to": {tolerance: number(count) for tolerance, count in counts.items()},
-        "seconds_to": {
-            tolerance: number(traced.seconds[math.ceil(count) - 1]) if count < math.inf else None
-            for tolerance, count in counts.items()
-        },
+        "seconds_to": {tolerance: number(seconds) for tolerance, seconds in times.items()},
         "num_evals": traced.solution.num_evals,
         "seconds": number(traced.seconds[-1]),
-        "last_residual": number(float(traced.relative[-1].quantile(0.5))),
+        "last_residual": number(float(relative[-1].quantile(0.5))),
         "last_absolute_residual": number(float(traced.absolute[-1].quantile(0.5))),
-        "best_residual": number(float(traced.solution.relative_residual.quantile(0.5))),
-        "worst_best_residual": number(float(traced.solution.relative_residual.max())),
-        "relative_median": numbers(traced.relative.quantile(0.5, dim=1)),
-        "relative_min": numbers(traced.relative.amin(dim=1)),
-        "relative_max": numbers(traced.relative.amax(dim=1)),
+        "best_residual": number(float(best.quantile(0.5))),
+        "worst_best_residual": number(float(best.max())),
+        "relative_median": numbers(relative.quantile(0.5, dim=1)),
+        "relative_min": numbers(relative.amin(dim=1)),
+        "relative_max": numbers(relative.amax(dim=1)),
         "absolute_median": numbers(traced.absolute.quantile(0.5, dim=1)),
     }
 
 
-def number(value: float) -> float | None:
-    """Four digits, and what JSON can hold."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
-
-
-def numbers(values: Tensor) -> list[float | None]:
-    return [number(value) for value in values.tolist()]
-
-
 def measure(run: Trained, lengths: Iterable[int], num_evals: int) -> list[dict[str, Any]]:
-    """One record a length."""
-    piece_len, records = run.config.equilibrium.subsequence_len, []
+    """Return one record for each length, that of the first piece first."""
+    piece_len, records = run.config.equilibrium.piece_len, []
     for length in [*([] if piece_len is None else [piece_len]), *lengths]:
-        f, z0 = run.network.core.prepare(run.model.embedding(run.tokens[:, :length]), memory=run.memory)
+        f, z0 = prepare(run.network.cell, run.model.embedding(run.tokens[:, :length]), memory=run.memory)
         f(f(z0))
         solvers = {
             name: {"solver": str(solver)} | describe(trace(f, z0, solver))
             for name, solver in solvers_of(run.config, num_evals).items()
         }
-        records.append({"T": length, "first_piece": len(records) == 0 and piece_len is not None, "solvers": solvers})
+        records.append({"T": length, "first_piece": not records and piece_len is not None, "solvers": solvers})
     return records
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """A row a run, a column a length; the first pieces have a column of their own before the others."""
+    """Return a figure with a row for each run and a column for each length; first pieces have a column of their own."""
     runs: Sequence[dict[str, Any]] = result["runs"]
-    columns = result["lengths"]
-    if any(record["first_piece"] for run in runs for record in run["lengths"]):
-        columns = [None, *columns]
-    size = max(6.4, 2.9 * len(columns) + 0.6), 2.7 * len(runs) + 1.0
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.add_gridspec(len(runs), len(columns))
-    lines: dict[str, Line2D] = {}
-    first = None
+    pieces = any(record["first_piece"] for run in runs for record in run["lengths"])
+    columns = [*([None] if pieces else []), *result["lengths"]]
+    figure = Figure(figsize=(max(6.4, 2.9 * len(columns) + 0.6), 2.7 * len(runs) + 1.0), layout="constrained")
+    grid, first, lines = figure.add_gridspec(len(runs), len(columns)), None, {}
     for row, run in enumerate(runs):
         for index, record in enumerate(run["lengths"]):
             column = columns.index(None if record["first_piece"] else record["T"])
             axes = figure.add_subplot(grid[row, column], sharex=first, sharey=first)
             first = first or axes
-            title = f"first piece, T = {record['T']}" if record["first_piece"] else f"T = {record['T']}"
-            axes.set_title(title, fontsize=10)
+            axes.set_title(f"{'first piece, ' if record['first_piece'] else ''}T = {record['T']}", fontsize=10)
             axes.grid(alpha=0.3)
             lines |= _draw_one(axes, record, run["depth"])
             if index == 0:
@@ -218,21 +189,19 @@ def draw(result: dict[str, Any]) -> Figure:
     assert first is not None
     first.set_yscale("log")
     first.set_xlim(0, result["num_evals"])
-    title = "median; band: best to worst sequence"
-    figure.legend(
-        lines.values(), lines.keys(), title=title, loc="outside lower center", ncols=2 if len(columns) < 3 else 3
-    )
+    place = {"loc": "outside lower center", "ncols": 2 if len(columns) < 3 else 3}
+    figure.legend(lines.values(), lines.keys(), title="median; band: best to worst sequence", **place)
     return figure
 
 
 def _draw_one(axes: Any, record: dict[str, Any], depth: int) -> dict[str, Line2D]:
     lines = {}
     for name, solved in record["solvers"].items():
-        steps = range(1, solved["num_evals"] + 1)
         low, middle, high = (
             [math.nan if value is None else value for value in solved[f"relative_{part}"]]
             for part in ("min", "median", "max")
         )
+        steps = range(1, len(middle) + 1)
         style = "--" if "window" in name else "-"  # until it is full, the window hides the full history
         (lines[name],) = axes.plot(steps, middle, style, linewidth=1.3)
         axes.fill_between(steps, low, high, color=lines[name].get_color(), alpha=0.13, linewidth=0)
@@ -242,53 +211,49 @@ def _draw_one(axes: Any, record: dict[str, Any], depth: int) -> dict[str, Line2D
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return a row for each run, length and solver."""
+    ends = ("last_residual", "best_residual", "last_absolute_residual", "seconds")
     columns = ["run", "T", "solver", *(f"evaluations to {tolerance:g}" for tolerance in TOLERANCES)]
-    columns += ["last residual", "best residual", "last absolute residual", "seconds"]
     rows = []
     for run in result["runs"]:
         for record in run["lengths"]:
             length = f"{record['T']} (first piece)" if record["first_piece"] else record["T"]
             for name, solved in record["solvers"].items():
                 reached = ["-" if count is None else f"{count:g}" for count in solved["evaluations_to"].values()]
-                ends = [solved[key] for key in ("last_residual", "best_residual", "last_absolute_residual", "seconds")]
-                rows.append([run["name"], length, name, *reached, *ends])
-    return markdown(columns, rows)
+                rows.append([run["name"], length, name, *reached, *(solved[key] for key in ends)])
+    return markdown([*columns, *(key.replace("_", " ") for key in ends)], rows)
 
 
 @torch.no_grad()
 def main() -> None:
-    options = parser("convergence", __doc__ or "")
+    benchmark = Benchmark("convergence", __doc__)
+    options = benchmark.parser
     options.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of trained runs")
     options.add_argument("--lengths", type=int, nargs="+", default=[100, 200, 400, 800], help="positions, T")
-    options.add_argument("--batch_size", type=int, default=8, help="sequences")
-    options.add_argument("--num_evals", type=int, default=100, help="most evaluations of f")
-    arguments = options.parse_args()
+    options.add_argument("--batch_size", type=int, default=8, help="number of sequences")
+    options.add_argument("--num_evals", type=int, default=100, help="largest number of evaluations of f")
+    arguments = benchmark.parse()
     if min(*arguments.lengths, arguments.batch_size, arguments.num_evals - 1) < 1:
         options.error("--lengths and --batch_size must be >= 1, --num_evals >= 2")
-    names = [path.name for path in arguments.runs]
-    if len(set(names)) < len(names):
-        options.error(f"--runs must be folders of different names, got {', '.join(names)}")
-    torch.set_flush_denormal(True)  # as training does
-    lengths = sorted(set(arguments.lengths))
+    benchmark.check_names(arguments.runs)
+    arguments.lengths = lengths = sorted(set(arguments.lengths))
     runs = []
     for path in arguments.runs:
-        run = open_run(path, batch_size=arguments.batch_size, longest=lengths[-1])
-        print(f"{run.name}: solving", file=sys.stderr)
+        run = open_run(benchmark, path, batch_size=arguments.batch_size, longest=lengths[-1])
+        print(f"{path.name}: solving", file=sys.stderr)
         about = {
-            "name": run.name,
+            "name": path.name,
             "depth": run.config.model.depth,
             "model": str(run.config.model.layer),
             "seed": run.config.train.seed,
             "validation": run.validation,
             "memory_len": run.network.cell.memory_length(),
-            "subsequence_len": run.config.equilibrium.subsequence_len,
+            "piece_len": run.config.equilibrium.piece_len,
         }
         runs.append(about | {"lengths": measure(run, lengths, arguments.num_evals)})
-    arguments.lengths = lengths
-    line = command("convergence", arguments, hidden=("runs",)) + f" --runs {' '.join(names)}"
     sizes = {"lengths": lengths, "batch_size": arguments.batch_size, "num_evals": arguments.num_evals, "rtol": RTOL}
-    result = origin(line) | sizes | {"runs": runs}
-    write(arguments.out, "convergence", result, table=table(result), figure=draw(result))
+    result = sizes | {"runs": runs}
+    benchmark.report(result, table(result), draw(result))
 
 
 if __name__ == "__main__":

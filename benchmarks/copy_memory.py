@@ -1,19 +1,16 @@
 """Table 1: how well do a DEQ-Transformer, a TCN, an LSTM and a GRU remember ten digits over T = 400 blanks?
 
-    deepeq bench copy-memory --out DIR [--size paper] [--minutes M]
+    python benchmarks/copy_memory.py --out DIR [--size paper] [--minutes M]
 
-Trains the four recipes on 20,000 sequences and tests on 2,000 others, the paper's data; the loss is the mean
+Trains the four recipes on 20,000 sequences and tests on 2,000 others, the paper's data. The loss is the mean
 cross-entropy in nats over all 420 positions of a sequence. `--size two_cores` has the same task and networks of the
-same size, trained with fewer sequences and looser solves than `paper`. Run again with the same --out (and --runs) to go
-on where --minutes ended, or where it was stopped.
+same size, but fewer training steps and looser solves than `--size paper`.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
-from _report import command, markdown, origin, parser, write
-from _runs import Outcome, Planned, outcomes, train_all
+from _harness import Benchmark, markdown
+from _runs import Outcome, Planned, add_options, continue_later, train_all
 from matplotlib.figure import Figure
 
 from deepeq.data import copy_memory_baseline
@@ -25,21 +22,31 @@ LABELS = {
     "copy_memory_lstm": "LSTM",
     "copy_memory_gru": "GRU",
 }
+KEPT = ("test_loss", "valid_loss", "num_params", "num_steps", "train_seconds", "num_threads", "seed")
+KEPT += ("test_forward_steps", "test_unconverged")  # of the equilibrium
+COLUMNS = {
+    "network": "label",
+    "parameters": "num_params",
+    "test loss": "test_loss",
+    "paper": "paper_loss",
+    "steps": "num_steps",
+    "seconds": "train_seconds",
+    "threads": "num_threads",
+}
 
 
 def describe(outcome: Outcome, tokens_per_sequence: int) -> dict[str, Any]:
-    """What table 1 says about a network, and what it took."""
-    kept = ("test_loss", "valid_loss", "num_params", "num_steps", "train_seconds", "num_threads", "seed")
-    values = {name: outcome.result[name] for name in kept} | {"sequences": outcome.tokens // tokens_per_sequence}
-    solved = ("test_forward_steps", "test_unconverged")
-    values |= {name: outcome.result[name] for name in solved if name in outcome.result}
-    return {"label": outcome.label, "paper_loss": PAPER[outcome.name]} | values
+    """Return what table 1 says about a network, and what its training took."""
+    values = {name: outcome.result[name] for name in KEPT if name in outcome.result}
+    sequences = outcome.tokens // tokens_per_sequence
+    return {"label": outcome.label, "paper_loss": PAPER[outcome.name], "sequences": sequences} | values
 
 
 def draw(done: list[Outcome], baseline: float) -> Figure:
+    """Return a figure of the training losses, with the test losses at their ends."""
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot(
-        title="Copy memory, T = 400", xlabel="optimizer step", ylabel="training loss (nats a position)", yscale="log"
+        title="Copy memory, T = 400", xlabel="optimizer step", ylabel="training loss (nats per position)", yscale="log"
     )
     for index, outcome in enumerate(done):
         rows = [row for row in outcome.rows if row["split"] == "train"]
@@ -55,32 +62,24 @@ def draw(done: list[Outcome], baseline: float) -> Figure:
 
 
 def main() -> None:
-    options = parser("copy_memory", __doc__ or "")
-    options.add_argument("--runs", type=Path, help="folder of the runs (default: OUT/runs)")
-    options.add_argument("--size", choices=("two_cores", "paper"), default="two_cores", help="which recipes")
-    options.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
-    arguments = options.parse_args()
-    prefix = "" if arguments.size == "paper" else f"{arguments.size}/"
+    benchmark = Benchmark("copy_memory", __doc__)
+    add_options(benchmark, sizes=("two_cores", "paper"))
+    prefix = "" if benchmark.parse().size == "paper" else "two_cores/"
     plans = [Planned(name=name, label=label, recipe=prefix + name) for name, label in LABELS.items()]
-    folder = arguments.runs or arguments.out / "runs"
-    finished = train_all(plans, folder, minutes=arguments.minutes)
-    done = outcomes(plans, folder)
-    if not finished:
-        sys.exit(f"copy_memory: {len(done)} of {len(plans)} runs are finished; go on with the same command")
+    done, _ = train_all(benchmark, plans)
+    continue_later(benchmark, len(done), len(plans))
     data = plans[0].config().data.copy_memory
     baseline = copy_memory_baseline(data.blank_len)
     models = {outcome.name: describe(outcome, data.blank_len + 20) for outcome in done}
-    result = origin(command("copy_memory", arguments, hidden=("runs", "minutes"))) | {
+    result = {
         "blank_len": data.blank_len,
         "num_train": data.num_train,
         "num_test": data.num_test,
         "baseline_loss": baseline,
         "models": models,
     }
-    columns = ("network", "parameters", "test loss", "paper", "steps", "seconds", "threads")
-    fields = ("label", "num_params", "test_loss", "paper_loss", "num_steps", "train_seconds", "num_threads")
-    table = markdown(columns, [[model[name] for name in fields] for model in models.values()])
-    write(arguments.out, "copy_memory", result, table=table, figure=draw(done, baseline))
+    table = markdown(list(COLUMNS), [[model[field] for field in COLUMNS.values()] for model in models.values()])
+    benchmark.report(result, table, draw(done, baseline))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,26 @@
-"""How much memory does a training step of a DEQ take, against the tied stack of its cell (tables 2 and 3)?
+"""How much memory does a training step of a DEQ take, compared with the tied stack of its cell (tables 2 and 3)?
 
-    deepeq bench memory --out DIR [--recipes NAME ...] [--batch_size 15] [--length 150]
+    python benchmarks/memory.py --out DIR [--recipes NAME ...] [--batch_size 15] [--length 150]
 
-Forward and backward of one step at the paper's sizes, without embedding, softmax and optimizer: random inputs
-`(B, T, d_input)`, the memory of an earlier segment, and the sum of the output as the loss. The parameters of the cell,
-their gradients, the activations and the histories of both solvers are all in the peak. Solvers take all their steps:
-none finds its tolerance. The paper's stacks of layers with weights of their own are measured too.
+Forward and backward of one step at the paper's sizes, without embedding, softmax and optimizer: random inputs `(B, T,
+d_input)`, the memory of an earlier segment, and the sum of the output as the loss. The peak contains the parameters of
+the cell, their gradients, the activations and the histories of both solvers. Solvers take all their steps: none reaches
+its tolerance. The paper's stacks of layers that are not tied are measured too.
 
-On a GPU the peak is that of `torch.cuda.max_memory_allocated`. Elsewhere it is counted: the bytes of the storages that
-operators have made and that still live, each once, after each operator. The count needs shapes alone, so that tensors
-have no data, and a solver's question whether it is done is answered with no: this gives the same number as a run with
-data, in seconds. The operators are those of a CPU, where attention whose bias needs a gradient is not fused. Not
-counted: what an operator needs for itself while it runs. While operators are watched, autograd sums gradients into new
-tensors instead of in place, so that the count is an upper bound. `check` compares counts with the resident size of a
-process that computes the same.
+On a GPU the peak is `torch.cuda.max_memory_allocated`. Elsewhere it is counted: after each operator, the bytes of the
+storages that operators have made and that are still alive, each once. The count needs only shapes, so tensors have no
+data, and a solver that asks whether it is done gets the answer no. This gives the same number as a run with data, in
+seconds. The operators are those of a CPU, where attention whose bias needs a gradient is not fused. Not counted is what
+an operator needs for itself while it runs. While operators are watched, autograd adds gradients into new tensors
+instead of in place, so the count is an upper bound. `check` compares counts with the resident memory of a process that
+computes the same.
 
-`less_by` is the share of the peak of the tied stack that a network does not need. In the paper the stack is that of its
-table, with layers of their own where it has no tied one. GB are 1e9 bytes.
+`less_by` is the fraction of the peak of the tied stack that a network does not need. In the paper the stack is that of
+its table, with layers that are not tied where it has no tied one. GB are 1e9 bytes.
 """
 
-import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -33,8 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import _report
 import torch
+from _harness import RECIPES, Benchmark, in_own_process, markdown, resident_bytes
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -42,19 +39,18 @@ from torch.nn import LayerNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepeq import DEQ, GMRES, Broyden, ImplicitAdjoint, Solver, Subsequences, Unrolled
+from deepeq import GMRES, Broyden, Equilibrium, ImplicitAdjoint, Pieces, Solution, Solver, Stack
 from deepeq.models import CellConfig, LayerStack, TiedNetwork, TransformerConfig, TrellisConfig
 from deepeq.train import load_config
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 HISTORIES = (5, 10, 20, 30)
-PARTS = (3, 15)  # that a segment is solved in
+PARTS = (3, 15)  # numbers of pieces of a segment
 SHOWN = 5  # the history of the rows with other variants, and of the figure
-OUT_OF_REACH = 1e-30  # an absolute tolerance that no solve finds
+OUT_OF_REACH = 1e-30  # an absolute tolerance that no solve reaches
 
 
 class Comparison(NamedTuple):
-    """What the paper compares; memory in GB."""
+    """A row of the paper's tables; memory in GB."""
 
     depth: int
     paper_deq: float
@@ -76,7 +72,7 @@ COMPARISONS = {
 
 
 class Size(NamedTuple):
-    """Of the inputs of a step."""
+    """Size of the inputs of a step."""
 
     batch_size: int
     length: int
@@ -88,7 +84,7 @@ class Count(NamedTuple):
     start: int  # before it: parameters, inputs, memory
     parameters: int
     gradients: int  # after it
-    gradients_at_peak: int | None  # of them; None where it cannot be told
+    gradients_at_peak: int | None  # those alive at the peak; None where this is not known
     peak: int
     evaluations: int  # of f in the forward pass
 
@@ -98,7 +94,7 @@ class Count(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all storages that operators have made inside the mode and that still live, and their peak."""
+    """Count the bytes of all storages that operators made inside the mode and that are still alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +117,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak, self._peak_at = self.live, self._now
 
     def lived_at_peak(self, tensor: Tensor) -> bool:
-        """Whether the storage of a tensor, alive now, was there at the peak."""
+        """Return whether the storage of a tensor that is alive now was there at the peak."""
         return self._storages[tensor.untyped_storage()._cdata][1] <= self._peak_at
 
     def _add(self, tensor: Tensor) -> None:
@@ -137,7 +133,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _NeverDone(TorchDispatchMode):
-    """Answers for tensors without data: no number is true, and what is evaluated twice is the same."""
+    """Answer for tensors without data: no number is true, and what is evaluated twice is the same."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -151,15 +147,15 @@ Make = Callable[[], TiedNetwork | LayerStack]
 
 
 class Step:
-    """A training step of a network: what is there before it, and the step itself."""
+    """A training step of a network, and what is there before it."""
 
     def __init__(self, make: Make, size: Size) -> None:
         self.network = network = make().train()
         with torch.no_grad():
             for module in network.modules():
                 if isinstance(module, LayerNorm):
-                    # With equal weights the sum of a normalized output has no gradient beyond rounding, and where data
-                    # are computed with, the backward solve would have nothing to find.
+                    # With equal weights the sum of a normalized output has only a gradient of rounding errors, and the
+                    # backward solve would have nothing to find.
                     module.weight.uniform_(0.5, 1.5)
         config = network.cell.config if isinstance(network, TiedNetwork) else network.cells[0].config
         assert isinstance(config, TransformerConfig | TrellisConfig)
@@ -171,7 +167,7 @@ class Step:
 
     @torch.no_grad()
     def _earlier(self, x: Tensor) -> Any:
-        """The memory of an earlier segment; the states of an equilibrium are replaced by the first one."""
+        """Return the memory of an earlier segment, with first states in place of equilibria."""
         if isinstance(self.network, LayerStack):
             return self.network(x).memory
         cell = self.network.cell
@@ -179,7 +175,7 @@ class Step:
 
     def run(self) -> None:
         output = self.network(self.x, self.memory)
-        # As in training, where the memory of the next segment takes the place of this one's.
+        # As in training, where the memory of the next segment replaces this one's.
         self.memory = pytree.tree_map_only(Tensor, Tensor.detach, output.memory)
         self.evaluations = len(getattr(self.network, "cells", ())) or output.solution.num_evals
         output.value.sum().backward()
@@ -190,7 +186,7 @@ def _memory_len(config: CellConfig) -> int:
 
 
 def count(make: Make, size: Size, *, data: bool = False) -> Count:
-    """The bytes of a step, from shapes alone or, to the same result, with data."""
+    """Return the bytes of a step, from shapes or, with the same result, from data."""
     gc.collect()
     with ExitStack() as modes:
         if not data:
@@ -208,9 +204,9 @@ def count(make: Make, size: Size, *, data: bool = False) -> Count:
 
 
 def allocated_on_gpu(make: Make, size: Size) -> Count:
-    """The bytes of a step that the allocator of the GPU gave."""
+    """Return the bytes of a step that the allocator of the GPU gave."""
     with torch.device("cuda"):
-        torch.ones(8, 8) @ torch.ones(8, 8)  # the workspace of the library of matrix products is not the step's
+        torch.ones(8, 8).matmul(torch.ones(8, 8))  # the workspace of the library of matrix products is not the step's
         before = torch.cuda.memory_allocated()
         step = Step(make, size)
         start = torch.cuda.memory_allocated() - before
@@ -227,37 +223,52 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def stack(config: CellConfig, depth: int, *, checkpoint: bool = False) -> Make:
+    """Return how to make a stack of tied layers."""
+
     def make() -> TiedNetwork:
-        network = TiedNetwork(config.build())
-        network.core = Unrolled(network.cell, depth, checkpoint=checkpoint)
-        return network
+        return TiedNetwork(config.build(), Stack(depth=depth, checkpoint=checkpoint))
 
     return make
 
 
 def equilibrium(
-    config: CellConfig, solver: Solver, backward: Solver, *, checkpoint: bool = False, piece_len: int | None = None
+    config: CellConfig,
+    solver: Solver,
+    backward: Solver,
+    *,
+    checkpoint: bool = False,
+    piece_len: int | None = None,
+    on_backward: Callable[[Solution], None] | None = None,
 ) -> Make:
+    """Return how to make an equilibrium whose solvers take all their steps.
+
+    Args:
+        config: The cell.
+        solver: Forward solver.
+        backward: Backward solver.
+        checkpoint: Whether the backward pass evaluates the cell again.
+        piece_len: Length of the pieces; None for a whole segment.
+        on_backward: Receives the Solution of each backward solve.
+    """
     solver, backward = (replace(rule, rtol=0.0, atol=OUT_OF_REACH) for rule in (solver, backward))
 
     def make() -> TiedNetwork:
-        network = TiedNetwork(config.build())
-        adjoint = ImplicitAdjoint(solver=backward, checkpoint=checkpoint, on_failure="ignore")
-        layer = DEQ(network.cell, solver=solver, adjoint=adjoint, on_failure="ignore", verify=False)
-        network.core = layer if piece_len is None else Subsequences(layer, piece_len)
-        return network
+        adjoint = ImplicitAdjoint(solver=backward, checkpoint=checkpoint, on_failure="ignore", callback=on_backward)
+        how = Equilibrium(solver=solver, adjoint=adjoint, on_failure="ignore", verify=False)
+        return TiedNetwork(config.build(), how if piece_len is None else Pieces(equilibrium=how, length=piece_len))
 
     return make
 
 
 def broyden(steps: int, history_size: int) -> Broyden:
+    """Return a solver of some steps, with a history that is not longer."""
     return Broyden(max_steps=steps, history_size=min(history_size, steps))
 
 
 def networks(name: str, size: Size, max_steps: int | None) -> Iterable[tuple[dict[str, Any], Make]]:
-    """The networks of a comparison, each with what describes it; the first is what the others are compared with."""
+    """Yield the networks of a comparison, each with its description; the others are compared with the first one."""
     paper, loaded = COMPARISONS[name], load_config(RECIPES / f"{name}.yaml")
-    config, solver, backward = loaded.model.layer, loaded.equilibrium.solver, loaded.equilibrium.backward
+    config, solver, backward = loaded.model.layer, loaded.equilibrium.solver, loaded.equilibrium.backward_solver
     assert isinstance(config, CellConfig)
     assert solver is not None
     assert backward is not None
@@ -288,12 +299,12 @@ def networks(name: str, size: Size, max_steps: int | None) -> Iterable[tuple[dic
 
 
 def measure(names: Iterable[str], size: Size, max_steps: int | None) -> list[dict[str, Any]]:
-    """A row for each network of each comparison."""
+    """Return a row for each network of each comparison."""
     measured, rows = allocated_on_gpu if torch.cuda.is_available() else count, []
     for name in names:
         reference, paper = None, COMPARISONS[name].paper_tied or COMPARISONS[name].paper_untied
         for described, make in networks(name, size, max_steps):
-            row = {"recipe": name} | described | measured(make, size).row()
+            row: dict[str, Any] = {"recipe": name} | described | measured(make, size).row()
             reference = reference or row["peak"]
             row["less_by"] = 1.0 - row["peak"] / reference
             if paper and row.get("paper_gb"):
@@ -304,7 +315,7 @@ def measure(names: Iterable[str], size: Size, max_steps: int | None) -> list[dic
 
 
 def curve(name: str, size: Size, depths: Iterable[int], steps: Iterable[int]) -> dict[str, dict[int, int]]:
-    """Peaks of the cell of a recipe, by depth or number of steps."""
+    """Return peaks of the cell of a recipe, by depth or number of steps."""
     measured = allocated_on_gpu if torch.cuda.is_available() else count
     config = load_config(RECIPES / f"{name}.yaml").model.layer
     assert isinstance(config, CellConfig)
@@ -334,62 +345,55 @@ CHECKS = {
 
 
 def resident_growth(make: Make, size: Size) -> int:
-    """By how many bytes the largest resident size of this process grows over what it has before a step."""
+    """Return by how many bytes a step raises the peak of the resident memory above what was there before it."""
     Step(make, Size(1, 2)).run()  # loads and builds what the first step needs
     step = Step(make, size)
-    before = _status("VmRSS")
+    before = resident_bytes(peak=False)
     step.run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return resident_bytes(peak=True) - before
 
 
 def check() -> list[dict[str, Any]]:
-    """Counts beside resident sizes, each of a process of its own; none where there is no /proc."""
+    """Return counts beside the resident memory of processes; none where there is no /proc."""
     rows = []
     for name, make in CHECKS.items() if Path("/proc/self/status").exists() else ():
         counted = count(make, CHECK_SIZE)
-        # Blocks of any size go back to the system at once, as the count has it.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, __file__, "--out", os.devnull, "--resident", name]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        growth, resident = counted.peak - counted.start, int(done.stdout)
+        # Blocks of any size go back to the system at once, as in the count.
+        resident = in_own_process(__file__, "--resident", name, MALLOC_MMAP_THRESHOLD_="65536")
+        growth = counted.peak - counted.start
         rows.append({"network": name, "counted": growth, "resident": resident, "ratio": growth / resident})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
 COLUMNS = {
-    "recipe": ("recipe", None),
-    "network": ("network", None),
-    "parameters (MB)": ("parameters", 1e6),
-    "gradients (MB)": ("gradients", 1e6),
-    "of them at the peak (MB)": ("gradients_at_peak", 1e6),
-    "activations and histories at the peak (MB)": ("rest_at_peak", 1e6),
-    "peak (GB)": ("peak", 1e9),
-    "less by (%)": ("less_by", 1e-2),
-    "paper (GB)": ("paper_gb", 1.0),
-    "paper, less by (%)": ("paper_less_by", 1e-2),
+    "recipe": ("recipe", "", 1.0),
+    "network": ("network", "", 1.0),
+    "parameters (MB)": ("parameters", ".0f", 1e6),
+    "gradients (MB)": ("gradients", ".0f", 1e6),
+    "of them at the peak (MB)": ("gradients_at_peak", ".0f", 1e6),
+    "activations and histories at the peak (MB)": ("rest_at_peak", ".0f", 1e6),
+    "peak (GB)": ("peak", ".2f", 1e9),
+    "less by (%)": ("less_by", ".1f", 1e-2),
+    "paper (GB)": ("paper_gb", ".1f", 1.0),
+    "paper, less by (%)": ("paper_less_by", ".1f", 1e-2),
 }
-
-DIGITS = {1e9: ".2f", 1e6: ".0f", 1e-2: ".1f", 1.0: ".1f"}
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    def cell(value: Any, unit: float | None) -> str:
-        if value is None or unit is None:
-            return value or ""
-        return f"{value / unit:{DIGITS[unit]}}"
+    """Return a row for each network."""
 
-    return _report.markdown(
-        list(COLUMNS), [[cell(row.get(name), unit) for name, unit in COLUMNS.values()] for row in rows]
-    )
+    def cell(value: Any, kind: str, unit: float) -> str:
+        if isinstance(value, str) or value is None:
+            return value or ""
+        return f"{value / unit:{kind}}"
+
+    lines = [[cell(row.get(name), kind, unit) for name, kind, unit in COLUMNS.values()] for row in rows]
+    return markdown(list(COLUMNS), lines)
 
 
 def draw(rows: list[dict[str, Any]], curve_recipe: str, peaks: dict[str, dict[int, int]], size: Size) -> Figure:
+    """Return a figure of the peaks of each recipe, and of those of one cell by depth and number of steps."""
     figure = Figure(figsize=(12.5, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
@@ -424,17 +428,17 @@ def draw(rows: list[dict[str, Any]], curve_recipe: str, peaks: dict[str, dict[in
 
 
 def main() -> None:
-    parser = _report.parser("memory", __doc__ or "")
-    parser.add_argument("--recipes", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="what to compare")
-    parser.add_argument("--batch_size", type=int, default=15)
-    parser.add_argument("--length", type=int, default=150, help="positions")
-    parser.add_argument("--max_steps", type=int, help="most steps of a solver (default: the recipe's)")
-    parser.add_argument("--curve_recipe", choices=COMPARISONS, default="wikitext103_trellisnet")
-    parser.add_argument("--curve_depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 70])
-    parser.add_argument("--curve_steps", type=int, nargs="+", default=[2, 5, 10, 20, 50])
-    parser.add_argument("--resident", choices=CHECKS, help=argparse.SUPPRESS)  # one half of a check, in this process
-    arguments = parser.parse_args()
-    torch.set_flush_denormal(True)  # as training does
+    benchmark = Benchmark("memory", __doc__)
+    options = benchmark.parser
+    options.add_argument("--recipes", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="what to compare")
+    options.add_argument("--batch_size", type=int, default=15)
+    options.add_argument("--length", type=int, default=150, help="number of positions")
+    options.add_argument("--max_steps", type=int, help="largest number of steps of a solver (default: the recipe's)")
+    options.add_argument("--curve_recipe", choices=COMPARISONS, default="wikitext103_trellisnet")
+    options.add_argument("--curve_depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 70])
+    options.add_argument("--curve_steps", type=int, nargs="+", default=[2, 5, 10, 20, 50])
+    options.add_argument("--resident", choices=CHECKS, help="print one half of a check, measured in this process")
+    arguments = benchmark.parse()
     torch.manual_seed(0)
     if arguments.resident:
         print(resident_growth(CHECKS[arguments.resident], CHECK_SIZE))
@@ -443,7 +447,7 @@ def main() -> None:
     rows = measure(arguments.recipes, size, arguments.max_steps)
     peaks = curve(arguments.curve_recipe, size, arguments.curve_depths, arguments.curve_steps)
     on_gpu = torch.cuda.is_available()
-    result = _report.origin(_report.command("memory", arguments)) | {
+    result = {
         "measured": "torch.cuda.max_memory_allocated" if on_gpu else "counted from shapes, float32, CPU operators",
         "seed": 0,
         "converged": "no solve: each takes all its steps",
@@ -451,8 +455,7 @@ def main() -> None:
         "curve": {"recipe": arguments.curve_recipe, "peaks": peaks},
         "check": [] if on_gpu else check(),
     }
-    figure = draw(rows, arguments.curve_recipe, peaks, size)
-    _report.write(arguments.out, "memory", result, table=table(rows), figure=figure)
+    benchmark.report(result, table(rows), draw(rows, arguments.curve_recipe, peaks, size))
 
 
 if __name__ == "__main__":

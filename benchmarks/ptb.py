@@ -1,15 +1,15 @@
 """Table 2: what do a DEQ and the weight-tied stacks of its cell reach on the words of Penn Treebank?
 
-    deepeq bench ptb --out DIR [--size paper] [--only NAME ...] [--minutes M]
+    python benchmarks/ptb.py --out DIR [--size paper] [--only NAME ...] [--minutes M]
 
-`--size two_cores` trains a small DEQ-Transformer, a small DEQ-TrellisNet and the stacks of the same cells with 16 and 8
-layers: the same parameters, the same text in the same order, the same optimizer but for the learning rate of the deep
-Transformer, which fails at that of the DEQ. The shallow stack that a DEQ starts as counts as tokens and time of the
-DEQ. `--size paper` is table 2 itself; it needs a GPU and about a day. `--minutes` trains for so long and stops with a
-checkpoint; the same command goes on.
+`--size two_cores` trains a small DEQ-Transformer, a small DEQ-TrellisNet and stacks of the same cells with 16 and 8
+layers. All have the same parameters, the same text in the same order and the same optimizer, except for the learning
+rate of the deep Transformer, which fails at the DEQ's. The steps that train a DEQ as a shallow stack count as its
+tokens and its time. `--size paper` is table 2 itself; it needs a GPU and about a day.
 """
 
 from _comparison import compare
+from _harness import Benchmark
 from _runs import Planned
 
 TRANSFORMER, TRELLISNET = ("two_cores/ptb_transformer", 3200), ("two_cores/ptb_trellisnet", 1000)  # optimizer steps
@@ -20,11 +20,19 @@ HALF_RATE = ("--optimizer.lr", "1e-3")
 def small(
     name: str, label: str, family: tuple[str, int], depth: int | None = None, options: tuple[str, ...] = ()
 ) -> Planned:
-    """A run with four validations."""
+    """Return a run with four validations.
+
+    Args:
+        name: Name of the run.
+        label: Name in tables and figures.
+        family: Recipe and number of optimizer steps.
+        depth: Number of tied layers; None for the network of the recipe.
+        options: More options of `deepeq train`.
+    """
     recipe, steps = family
-    rhythm = ("--train.steps", str(steps), "--train.eval_every", str(steps // 4), "--run.name", name)
-    rhythm += ("--train.checkpoint_every", str(steps // 8))
-    return Planned(name=name, label=label, recipe=recipe, depth=depth, options=rhythm + options)
+    intervals = f"--train.steps {steps} --train.eval_every {steps // 4} --train.checkpoint_every {steps // 8}"
+    words = (*intervals.split(), "--run.name", name, *options)
+    return Planned(name=name, label=label, recipe=recipe, depth=depth, options=words)
 
 
 PLANS = {
@@ -41,5 +49,10 @@ PLANS = {
 }
 PAPER = {"ptb_trellisnet": 57.1, "ptb_trellisnet_60_layers": 57.0}
 
+
+def main() -> None:
+    compare(Benchmark("ptb", __doc__), PLANS, PAPER)
+
+
 if __name__ == "__main__":
-    compare("ptb", __doc__ or "", PLANS, PAPER)
+    main()

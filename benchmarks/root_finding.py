@@ -1,17 +1,17 @@
 """How many systems of equations does each solver solve, with how many evaluations, and what does it claim?
 
-    python benchmarks/root_finding.py --out benchmarks/results/DIR
+    python benchmarks/root_finding.py --out DIR [--peers scipy jaxopt optimistix] [--problems NAME ...]
 
-The systems are those of `_root_problems.py`, in float64, one at a time. A result is evaluated again, independently of
-the solver: it is solved where `||g(z)|| <= 1e-6` (Euclidean norm, in the units of the problem), and in the relative
-sense where `||g(z)|| <= 1e-6 max(1, ||g(z0)||)`. A claim is false where a solver reports success and neither holds.
-Every solver is asked for an absolute 5e-8, and `root_find` without a solver for its default, which is relative to
-`||g(z0)||`. Simple roots in units of their own count as solved where `||g(z)|| <= 1e-6 ||g(z0)||`; the tolerance that
-is asked for is 1e-8 of that.
+The systems are those of `_root_problems.py`, in float64, one at a time. The result of a solver is evaluated again: it
+is solved if `||g(z)|| <= 1e-6` (Euclidean norm, in the units of the problem), and solved in the relative sense if
+`||g(z)|| <= 1e-6 max(1, ||g(z0)||)`. A claim is false if a solver reports success and neither holds. Every solver is
+asked for an absolute 5e-8, and `root_find` without a solver for its default, which is relative to `||g(z0)||`. Simple
+systems in units of their own count as solved if `||g(z)|| <= 1e-6 ||g(z0)||`; the tolerance that is asked for is 1e-8
+times `||g(z0)||`.
 
 Evaluations are calls of `g`; in deepeq they include those for the scale, for products with the Jacobian, and for the
 check at the end. SciPy's solvers see `g` as a function of NumPy arrays without derivatives. Those of jaxopt and
-optimistix see it as a function of JAX arrays; optimistix takes its Jacobian in forward mode, and neither counts
+optimistix see a function of JAX arrays; optimistix computes the Jacobian in forward mode, and neither library counts
 evaluations. Each of their solves compiles its system first, which takes seconds. The libraries of `--peers` must be
 installed.
 """
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _report import command, markdown, origin, parser, write
+from _harness import Benchmark, markdown
 from _root_problems import PROBLEMS, ROOTLESS, SHIFTED, Problem
 from matplotlib.figure import Figure
 
@@ -50,6 +50,8 @@ Method = Callable[[Problem, float], Answer]
 
 
 def with_deepeq(make: Callable[[float], Solver | None]) -> Method:
+    """Return `root_find` with the solver that `make` returns for an absolute tolerance."""
+
     @torch.no_grad()
     def solve(problem: Problem, atol: float) -> Answer:
         solution = deepeq.root_find(problem.g, problem.z0, solver=make(atol), on_failure="ignore", nonfinite="keep")
@@ -59,6 +61,8 @@ def with_deepeq(make: Callable[[float], Solver | None]) -> Method:
 
 
 def with_scipy(name: str) -> Method:
+    """Return a method of `scipy.optimize.root`."""
+
     def solve(problem: Problem, atol: float) -> Answer:
         root, count = import_module("scipy.optimize").root, 0
 
@@ -76,6 +80,8 @@ def with_scipy(name: str) -> Method:
 
 
 def with_jaxopt(name: str) -> Method:
+    """Return Broyden's method or Anderson acceleration of jaxopt."""
+
     def solve(problem: Problem, atol: float) -> Answer:
         jnp, jaxopt = import_module("jax.numpy"), import_module("jaxopt")
         start = jnp.asarray(problem.start)
@@ -90,6 +96,8 @@ def with_jaxopt(name: str) -> Method:
 
 
 def with_optimistix(name: str) -> Method:
+    """Return a root finder of optimistix by the name of its class."""
+
     def solve(problem: Problem, atol: float) -> Answer:
         jnp, optimistix = import_module("jax.numpy"), import_module("optimistix")
         solver = getattr(optimistix, name)(rtol=1e-10, atol=atol)
@@ -102,6 +110,7 @@ def with_optimistix(name: str) -> Method:
 
 
 def methods(peers: Sequence[str]) -> dict[str, Method]:
+    """Return the methods of this library and of some others, by name."""
     made = {
         "root_find, default": with_deepeq(lambda _: None),
         "NewtonKrylov": with_deepeq(lambda atol: NewtonKrylov(rtol=0.0, atol=atol)),
@@ -123,12 +132,20 @@ def methods(peers: Sequence[str]) -> dict[str, Method]:
 
 
 def norm_of_g(problem: Problem, z: Any) -> float:
+    """Return the Euclidean norm of `g` at a point."""
     with torch.no_grad():
         g = problem.g(torch.from_numpy(np.array(z, dtype=float)).reshape(1, -1))
     return float(torch.linalg.vector_norm(g))
 
 
 def measure(problem: Problem, method: Method, *, own_units: bool = False) -> dict[str, Any]:
+    """Return what a method answers and whether it is true.
+
+    Args:
+        problem: The system.
+        method: The method.
+        own_units: Whether the tolerance is relative to the norm at the start.
+    """
     first = norm_of_g(problem, problem.start)
     try:
         z, claimed, evaluations = method(problem, ASKED_SHIFTED * first if own_units else ASKED)
@@ -147,6 +164,7 @@ def measure(problem: Problem, method: Method, *, own_units: bool = False) -> dic
 
 
 def summary(result: dict[str, Any]) -> str:
+    """Return a row for each method."""
     rows = []
     for name in result["methods"]:
         own = [problem["answers"][name] for problem in result["problems"]]
@@ -169,6 +187,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return the summary, and a row for each system."""
     names = result["methods"]
     rows = []
     for group in ("problems", "rootless"):
@@ -190,6 +209,7 @@ def _cell(answer: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Figure:
+    """Return a figure of the number of solved systems against evaluations."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name in result["methods"]:
@@ -203,6 +223,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def run(problems: Sequence[Problem], made: dict[str, Method], *, own_units: bool = False) -> list[dict[str, Any]]:
+    """Return the answers of all methods to each system; arguments as in `measure`."""
     measured = []
     for problem in problems:
         print(problem.name, file=sys.stderr)
@@ -214,21 +235,28 @@ def run(problems: Sequence[Problem], made: dict[str, Method], *, own_units: bool
 
 
 def main() -> None:
-    options = parser("root_finding", __doc__ or "")
+    benchmark = Benchmark("root_finding", __doc__)
+    names = [problem.name for problem in (*PROBLEMS, *SHIFTED, *ROOTLESS)]
+    options = benchmark.parser
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries to compare with")
-    arguments = options.parse_args()
+    options.add_argument("--problems", nargs="+", choices=names, metavar="NAME", help="names of some systems")
+    arguments = benchmark.parse()
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
+    torch.set_flush_denormal(False)  # systems in tiny units need them
     made = methods(arguments.peers)
-    line = command("root_finding", arguments).replace("deepeq bench root_finding", "python benchmarks/root_finding.py")
-    result = origin(line) | {
+
+    def chosen(problems: Sequence[Problem]) -> list[Problem]:
+        return [problem for problem in problems if arguments.problems is None or problem.name in arguments.problems]
+
+    result = {
         "tolerance": TOLERANCE,
         "methods": list(made),
-        "problems": run(PROBLEMS, made),
-        "shifted": run(SHIFTED, made, own_units=True),
-        "rootless": run(ROOTLESS, made),
+        "problems": run(chosen(PROBLEMS), made),
+        "shifted": run(chosen(SHIFTED), made, own_units=True),
+        "rootless": run(chosen(ROOTLESS), made),
     }
-    write(arguments.out, "root_finding", result, table=table(result), figure=draw(result))
+    benchmark.report(result, table(result), draw(result))
 
 
 if __name__ == "__main__":

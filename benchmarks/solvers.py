@@ -1,172 +1,171 @@
 """How many evaluations and how much time do solvers need on a trained cell, beside torchdeq 0.1.0?
 
-    python benchmarks/solvers.py --run RUN_DIR --out benchmarks/results
+    python benchmarks/solvers.py --out DIR --run RUN_DIR [--repetitions 5]
 
-Every solver gets the same cell, inputs and first state. Time is a ratio: that of the solve over that of the same
-number of bare evaluations of f (or of bare vector-Jacobian products), taken in turns in one process; medians over the
-repetitions. A residual is that of the worst sample at the point which the solver returned, evaluated anew.
+Every solver gets the same cell, inputs and first state. Time is a ratio: that of the solve over that of the same number
+of bare evaluations of f (or of bare vector-Jacobian products), taken in turns in one process; medians over the
+repetitions. The residual is that of the worst sample at the state that the solver returned, evaluated again.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
+from _harness import Benchmark, in_turns, markdown, median_ratio
 from torch import Tensor
-from torchdeq.solver import get_solver
 
 import deepeq
-from deepeq.data import load_corpus
+from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, Solver
+from deepeq.cell import prepare
 from deepeq.models import TiedNetwork
-from deepeq.solvers import Solver
-from deepeq.train import RunFolder, load_config
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 MAX_STEPS = 80
+SHARED = ("rtol", "atol", "max_steps", "min_steps")  # fields that all solvers have
+NONLINEAR: Sequence[Solver] = (
+    FixedPointIteration(),
+    Anderson(),
+    Anderson(history_size=20),
+    Broyden(history_size=100),
+    Broyden(history_size=10),
+    Broyden(history_size=100, line_search_steps=3),
+)
+LINEAR: Sequence[Solver] = (
+    GMRES(restart=100),
+    Anderson(history_size=80),
+    Broyden(history_size=100),
+    FixedPointIteration(),
+)
+
+Map = Callable[[Tensor], Tensor]
+Solve = Callable[[Map, Tensor], tuple[Tensor, int]]
+"""From a map and a first state to a state and the number of evaluations."""
 
 
-def trained_map(run: Path) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The map of the third validation segment of a run, with its memory, and zeros to start from."""
-    config, _, model = RunFolder(run).load_model()
-    assert isinstance(model.network, TiedNetwork)
-    batches = load_corpus(config.data).stream("valid", batch_size=16, segment_len=config.train.segment_len)
-    memory = None
-    for index in range(2):
-        memory = model(batches.segment(index)[0], memory).memory
-    return model.network.core.prepare(model.embedding(batches.segment(2)[0]), memory=memory)
+def trained_map(benchmark: Benchmark, run: Path) -> tuple[Map, Tensor]:
+    """Return the map of the third validation segment of a run, with its memory, and zeros to start from."""
+    trained, corpus = benchmark.open_text_model(run)
+    model, network = trained.model, trained.model.network
+    if not isinstance(network, TiedNetwork):
+        benchmark.stop(f"{run} must be the run of an equilibrium or of a weight-tied stack")
+    batches = corpus.stream("valid", batch_size=16, segment_len=trained.config.train.segment_len)
+    segments, memory = [batches.segment(index)[0].to(model.device) for index in range(3)], None
+    for tokens in segments[:2]:
+        memory = model(tokens, memory, how=trained.how).memory
+    return prepare(network.cell, model.embedding(segments[2]), memory=memory)
 
 
-def worst_residual(f: Callable[[Tensor], Tensor], z: Tensor) -> float:
+def worst_residual(f: Map, z: Tensor) -> float:
+    """Return the largest relative residual of a batch."""
     fz = f(z).flatten(1)
     return float(((fz - z.flatten(1)).norm(dim=1) / fz.norm(dim=1)).max())
 
 
-def solve_with(solver: Solver, f: Callable[[Tensor], Tensor], z0: Tensor) -> tuple[Tensor, int]:
+def with_deepeq(solver: Solver, f: Map, z0: Tensor) -> tuple[Tensor, int]:
+    """Solve with a solver of this library."""
     solution = deepeq.fixed_point(f, z0, solver=solver, on_failure="ignore", verify=False)
     return solution.value, solution.num_evals
 
 
-def solve_with_torchdeq(
-    name: str, tolerance: float
-) -> Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, int]]:
-    def solve(f: Callable[[Tensor], Tensor], z0: Tensor) -> tuple[Tensor, int]:
-        count = 0
+def with_torchdeq(name: str, tolerance: float, f: Map, z0: Tensor) -> tuple[Tensor, int]:
+    """Solve with a solver of torchdeq."""
+    get_solver = import_module("torchdeq.solver").get_solver  # an extra that only this comparison needs
 
-        def counted(z: Tensor) -> Tensor:
-            nonlocal count
-            count += 1
-            return f(z)
+    count = 0
 
-        value, _, _ = get_solver(name)(counted, z0, max_iter=MAX_STEPS, tol=tolerance, stop_mode="rel")
-        return value, count
+    def counted(z: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return f(z)
 
-    return solve
+    value, _, _ = get_solver(name)(counted, z0, max_iter=MAX_STEPS, tol=tolerance, stop_mode="rel")
+    return value, count
 
 
-def measure(
-    solve: Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, int]],
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
-    repetitions: int,
-) -> dict[str, float]:
+def measure(solve: Solve, f: Map, z0: Tensor, repetitions: int) -> dict[str, Any]:
+    """Return the evaluations, the residual and the relative time of a solve."""
     value, num_evals = solve(f, z0)
-    ratios = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        solve(f, z0)
-        middle = time.perf_counter()
-        for _ in range(num_evals):
-            f(value)
-        ratios.append((middle - start) / (time.perf_counter() - middle))
+    calls = {"solve": lambda: solve(f, z0), "bare": lambda: [f(value) for _ in range(num_evals)]}
+    seconds = in_turns(calls, repetitions)
     return {
         "evaluations": num_evals,
         "worst_residual": worst_residual(f, value),
-        "time_over_bare_evaluations": round(statistics.median(ratios), 2),
+        "time_over_bare_evaluations": round(median_ratio(seconds["solve"], seconds["bare"]), 2),
     }
 
 
-def compare(f: Callable[[Tensor], Tensor], z0: Tensor, solvers: list[Solver], repetitions: int) -> list[dict]:
+def candidates(solvers: Sequence[Solver], tolerance: float, *, peers: bool) -> dict[str, Solve]:
+    """Return how to solve to a tolerance, by the name of the solver, with those of torchdeq if asked."""
+    made: dict[str, Solve] = {}
+    for solver in solvers:
+        own = [f"{name}={value}" for name, value in vars(solver).items() if name not in SHARED]
+        made[f"deepeq {type(solver).__name__}({', '.join(own)})"] = partial(
+            with_deepeq, replace(solver, rtol=tolerance, max_steps=MAX_STEPS)
+        )
+    names = ("broyden", "anderson") if peers else ()
+    return made | {f"torchdeq {name}": partial(with_torchdeq, name, tolerance) for name in names}
+
+
+def compare(f: Map, z0: Tensor, solvers: Sequence[Solver], repetitions: int, *, peers: bool) -> list[dict[str, Any]]:
+    """Return a row for each tolerance and solver.
+
+    Args:
+        f: The map.
+        z0: First state.
+        solvers: Solvers of this library, whose tolerance and step limit are replaced.
+        repetitions: Number of timed rounds.
+        peers: Whether torchdeq is compared too.
+    """
     rows = []
     for tolerance in TOLERANCES:
-        candidates = {
-            f"deepeq {solver}".replace(f"rtol={solver.rtol}, atol=0.0, max_steps={solver.max_steps}, ", ""): (
-                partial(solve_with, replace(solver, rtol=tolerance, max_steps=MAX_STEPS))
-            )
-            for solver in solvers
-        }
-        candidates |= {f"torchdeq {name}": solve_with_torchdeq(name, tolerance) for name in ("broyden", "anderson")}
-        for name, solve in candidates.items():
-            row: dict = {"solver": name, "rtol": tolerance}
+        for name, solve in candidates(solvers, tolerance, peers=peers).items():
+            row: dict[str, Any] = {"solver": name, "rtol": tolerance}
+            print(f"{name} to {tolerance:g}", file=sys.stderr)
             try:
                 row |= measure(solve, f, z0, repetitions)
                 row["reached"] = row["worst_residual"] <= 1.05 * tolerance
             except deepeq.ConvergenceError as error:
                 row |= {"reached": False, "error": str(error).split(":")[0]}
             rows.append(row)
-            print(json.dumps(row))
     return rows
 
 
-def backward_map(f: Callable[[Tensor], Tensor], z0: Tensor) -> Callable[[Tensor], Tensor]:
-    """`u -> J^T u + v` at the equilibrium, for a random `v`."""
-    z = deepeq.fixed_point(f, z0, solver=deepeq.Broyden(rtol=1e-5, max_steps=100)).value.detach().requires_grad_()
+def backward_map(f: Map, z0: Tensor) -> Map:
+    """Return `u -> J^T u + v` at the equilibrium, for a random `v`."""
+    z = deepeq.fixed_point(f, z0, solver=Broyden(rtol=1e-5, max_steps=100)).value.detach().requires_grad_()
     with torch.enable_grad():
         fz = f(z)
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device)
     return lambda u: torch.autograd.grad(fz, z, u, retain_graph=True)[0] + v
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} x {len(names)}" if names else platform.processor()
+def table(result: dict[str, Any]) -> str:
+    """Return a row for each solve."""
+    fields = ("solver", "rtol", "evaluations", "worst_residual", "time_over_bare_evaluations", "reached")
+    rows = [[way, *(row.get(field) for field in fields)] for way in ("forward", "backward") for row in result[way]]
+    return markdown(("solve", *(field.replace("_", " ") for field in fields)), rows)
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
-    parser.add_argument("--out", type=Path, required=True, help="folder for solvers.json")
-    parser.add_argument("--repetitions", type=int, default=5)
-    arguments = parser.parse_args()
-    torch.set_flush_denormal(True)  # as training does
-    f, z0 = trained_map(arguments.run)
-    nonlinear: list[Solver] = [
-        deepeq.FixedPointIteration(),
-        deepeq.Anderson(),
-        deepeq.Anderson(history_size=20),
-        deepeq.Broyden(history_size=100),
-        deepeq.Broyden(history_size=10),
-        deepeq.Broyden(history_size=100, line_search_steps=3),
-    ]
-    linear: list[Solver] = [
-        deepeq.GMRES(restart=100),
-        deepeq.Anderson(history_size=80),
-        deepeq.Broyden(history_size=100),
-        deepeq.FixedPointIteration(),
-    ]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    benchmark = Benchmark("solvers", __doc__)
+    benchmark.parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
+    benchmark.parser.add_argument("--repetitions", type=int, default=5)
+    benchmark.parser.add_argument("--alone", action="store_true", help="leave torchdeq out")
+    arguments = benchmark.parse()
+    f, z0 = trained_map(benchmark, arguments.run)
+    repetitions, peers = arguments.repetitions, not arguments.alone
     result = {
-        "command": f"python benchmarks/solvers.py --run RUN_DIR --out {arguments.out}",
-        "recipe": load_config(arguments.run / "config.yaml").run.name,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "hardware": f"{processor()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
         "state": list(z0.shape),
-        "forward": compare(f, z0, nonlinear, arguments.repetitions),
-        "backward": compare(backward_map(f, z0), torch.zeros_like(z0), linear, arguments.repetitions),
+        "forward": compare(f, z0, NONLINEAR, repetitions, peers=peers),
+        "backward": compare(backward_map(f, z0), torch.zeros_like(z0), LINEAR, repetitions, peers=peers),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "solvers.json").write_text(json.dumps(result, indent=1) + "\n")
+    benchmark.report(result, table(result))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Table 3: what do DEQs and the explicit networks of the same size reach on WikiText-103?
 
-    deepeq bench wikitext-103 --out DIR [--only NAME ...] [--minutes M]
+    python benchmarks/wikitext_103.py --out DIR [--size paper] [--only NAME ...] [--minutes M]
 
-The rows of table 3 that are an equilibrium or its explicit counterpart, by the recipes at the paper's size; each needs
-a GPU and days. `--size two_cores` trains the small variants, on WikiText-2. `--minutes` trains for so long and stops
-with a checkpoint; the same command goes on.
+`--size paper` trains the rows of table 3 that are an equilibrium or its explicit counterpart; each needs a GPU and
+days. `--size two_cores` trains small variants of them on WikiText-2.
 """
 
 from _comparison import compare
+from _harness import Benchmark
 from _runs import Planned
 
 ROWS = {
@@ -28,5 +28,10 @@ PLANS = {
 }
 PAPER = {name: perplexity for name, (_, perplexity) in ROWS.items()}
 
+
+def main() -> None:
+    compare(Benchmark("wikitext_103", __doc__), PLANS, PAPER)
+
+
 if __name__ == "__main__":
-    compare("wikitext_103", __doc__ or "", PLANS, PAPER)
+    main()

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser()
     try:
         parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
-        _COMMANDS[parsed.subcommand](parsed[parsed.subcommand])
+        _, run, _ = _COMMANDS[parsed.subcommand]
+        run(parsed[parsed.subcommand])
         return 0
     except (TrainingError, ConvergenceError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         return _fail(1, error)
@@ -63,7 +64,7 @@ def command_parser() -> ArgumentParser:
     """Return the parser of the command `deepeq`; building it takes longer than parsing."""
     parser = _Parser(prog="deepeq", description="Deep equilibrium models.", version=__version__)
     commands = parser.add_subcommands(dest="subcommand")
-    for name, (build, help_text) in _SUBCOMMANDS.items():
+    for name, (build, _, help_text) in _COMMANDS.items():
         commands.add_subcommand(name, build(), help=help_text)
     return parser
 
@@ -97,7 +98,7 @@ def _generate_parser() -> ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.8, help="divisor of the logits; 0: the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="number of likeliest tokens to sample among; 0 for all")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="probability that the tokens to sample among have together"
+        "--top_p", type=float, default=1.0, help="sample among the fewest likeliest tokens with this total probability"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument(
@@ -221,21 +222,13 @@ def _plot(arguments: Namespace) -> None:
         print(path)
 
 
-_SUBCOMMANDS = {
-    "train": (_train_parser, "train a language model from a recipe"),
-    "eval": (_eval_parser, "evaluate a model"),
-    "generate": (_generate_parser, "continue a text"),
-    "info": (_info_parser, "sizes and costs of a model"),
-    "data": (_data_parser, "prepare a corpus"),
-    "export": (_export_parser, "copy a model out of its run"),
-    "plot": (_plot_parser, "draw figures"),
-}
 _COMMANDS = {
-    "train": _train,
-    "eval": _eval,
-    "generate": _generate,
-    "info": _info,
-    "data": _data,
-    "export": _export,
-    "plot": _plot,
+    "train": (_train_parser, _train, "train a language model from a recipe"),
+    "eval": (_eval_parser, _eval, "evaluate a model"),
+    "generate": (_generate_parser, _generate, "continue a text"),
+    "info": (_info_parser, _info, "sizes and costs of a model"),
+    "data": (_data_parser, _data, "prepare a corpus"),
+    "export": (_export_parser, _export, "copy a model out of its run"),
+    "plot": (_plot_parser, _plot, "draw figures"),
 }
+"""The parser, the function and the help of each command."""

@@ -27,7 +27,7 @@ def write_atomically(path: Path, text: str) -> None:
     # The process id separates processes that write the same file at once.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes, and checksum, on every system
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -92,8 +92,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         temporary.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata that `write_tensors` wrote.
+def read_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata that `write_tensors` wrote; the tensors are private memory maps.
+
+    Args:
+        path: The file.
+        verify: Whether to compare the checksum, which reads all of the file; its size is always compared.
 
     Raises:
         ValueError: The file is damaged or foreign.
@@ -102,7 +106,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        if metadata.pop("sha256", None) != _digest(tensors, metadata):
+        checksum = metadata.pop("sha256", None)
+        if checksum is None or (verify and checksum != _digest(tensors, metadata)):
             raise ValueError("its checksum differs")
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged or was not written by deepeq ({error})") from error
@@ -114,5 +119,5 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -21,11 +21,9 @@ OWN = ("root_find, default", "NewtonKrylov", "Broyden", "Broyden, line search", 
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run on two systems, one in units of its own, and one without a root, without other libraries."""
     out: Path = tmp_path_factory.mktemp("root_finding")
+    names = ("second difference", "arctangent", "line, units 1000, root 10000", "square plus one")
     with pytest.MonkeyPatch.context() as patch, np.errstate():
-        patch.setattr(root_finding, "PROBLEMS", [ALL["second difference"], ALL["arctangent"]])
-        patch.setattr(root_finding, "SHIFTED", [ALL["line, units 1000, root 10000"]])
-        patch.setattr(root_finding, "ROOTLESS", [ALL["square plus one"]])
-        patch.setattr(sys, "argv", ["root_finding", "--out", str(out), "--peers"])
+        patch.setattr(sys, "argv", ["root_finding", "--out", str(out), "--peers", "--problems", *names])
         root_finding.main()
     assert (out / "root_finding.png").read_bytes().startswith(b"\x89PNG")
     table = (out / "root_finding.md").read_text()

@@ -6,10 +6,10 @@ import torch
 from deepeq.data import Batches, SequenceBatches
 
 
-def numbered(num: int, **fields) -> SequenceBatches:
+def numbered(num: int, *, batch_size: int = 4, seed: int | None = None) -> SequenceBatches:
     """Sequences that tell their place: row i is 10 i, 10 i + 1, 10 i + 2."""
     inputs = 10 * torch.arange(num)[:, None] + torch.arange(3)  # (N, T)
-    return SequenceBatches(inputs, inputs + 1000, **({"batch_size": 4} | fields))
+    return SequenceBatches(inputs, inputs + 1000, batch_size=batch_size, seed=seed)
 
 
 def rows(batches: Batches, *, epoch: int) -> list[int]:
@@ -77,7 +77,7 @@ def test_values_that_are_no_integers_are_named():
     ids = torch.zeros(4, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"targets must hold integers, got torch\.float32"):
         SequenceBatches(ids, ids.float(), batch_size=2)
-    with pytest.raises(ValueError, match="batch_size must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number >= 1"):
         SequenceBatches(ids, ids, batch_size=0)
 
 

@@ -112,10 +112,11 @@ def test_baseline_is_the_loss_of_blanks_for_sure_and_uniform_digits():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"blank_len": 0}, "data.copy_memory.blank_len must be a positive integer, got 0"),
-        ({"num_train": 1.5}, "data.copy_memory.num_train must be a positive integer, got 1.5"),
-        ({"num_test": -1}, "data.copy_memory.num_test must be a positive integer, got -1"),
-        ({"seed": -1}, "data.copy_memory.seed must be an integer in 0 .. 2^63 - 1, got -1"),
+        ({"blank_len": 0}, "data.copy_memory.blank_len=0 must be a whole number >= 1"),
+        ({"num_train": 1.5}, "data.copy_memory.num_train=1.5 must be a whole number >= 1"),
+        ({"num_test": -1}, "data.copy_memory.num_test=-1 must be a whole number >= 1"),
+        ({"seed": -1}, "data.copy_memory.seed=-1 must be a whole number >= 0"),
+        ({"seed": 2**63}, "data.copy_memory.seed=9223372036854775808 must be a whole number <= 9223372036854775807"),
     ],
 )
 def test_wrong_size_is_named_at_construction(fields: dict, message: str):

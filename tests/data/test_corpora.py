@@ -1,6 +1,5 @@
 """Corpora: what is read and where from, how it is split, the unigram bound, and the sentences of the errors."""
 
-import hashlib
 import math
 import os
 import pydoc_data.topics
@@ -22,8 +21,8 @@ from deepeq.data import (
     unigram_bits,
 )
 
-PTB_IDS = "b0d038629723639068c1b3b5585bc5f37aef57fda610fed8435408cbfd220882"
-"""SHA-256 of the ids of Penn Treebank as version 0.1 prepared them."""
+PTB_FINGERPRINT = "6334efacec041c1e1d8169cb628908a1c3c8953022ee9310cee97e5422bbdff9"
+"""What version 0.1 gives: one checksum of the vocabulary and the ids."""
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -66,8 +65,7 @@ def test_penn_treebank_has_the_published_counts(penn_treebank: Corpus):
 
 
 def test_penn_treebank_has_the_ids_of_version_0_1(penn_treebank: Corpus):
-    ids = b"".join(split.numpy().tobytes() for split in (penn_treebank.train, penn_treebank.valid, penn_treebank.test))
-    assert hashlib.sha256(ids).hexdigest() == PTB_IDS
+    assert penn_treebank.fingerprint == PTB_FINGERPRINT
 
 
 def test_penn_treebank_has_its_own_unknown_word_and_line_ends(penn_treebank: Corpus):
@@ -350,7 +348,7 @@ def test_copy_memory_is_made_as_configured():
         ({"files": ("a.txt", "")}, "data.files must be a tuple of paths as strings, got ('a.txt', '')"),
         (
             {"corpus": "penn_treebank", "unit": "word", "folder": ""},
-            "data.folder must be a path as a string",
+            "data.folder must be a string that is not empty",
         ),
         ({"corpus": "penn_treebank"}, "data.unit must be 'word' or 'bpe' for the corpus 'penn_treebank'"),
         (
@@ -359,7 +357,7 @@ def test_copy_memory_is_made_as_configured():
         ),
         ({"corpus": "folder"}, "data.folder must name the folder of the text for the corpus 'folder', got None"),
         ({"corpus": "wikitext103"}, "data.unit must be 'word' or 'bpe' for the corpus 'wikitext103'"),
-        ({"cache": ""}, "data.cache must be a path as a string, or None, got ''"),
+        ({"cache": ""}, "data.cache must be a string that is not empty, got ''"),
         ({"corpus": "copy_memory", "unit": "word"}, "data.unit must be left out for the corpus 'copy_memory'"),
         ({"corpus": "copy_memory", "folder": "x"}, "data.folder is read only for the corpora"),
         ({"copy_memory": CopyMemoryConfig(seed=3)}, "data.copy_memory is read only for the corpus 'copy_memory'"),
@@ -369,6 +367,8 @@ def test_copy_memory_is_made_as_configured():
             "data.vocab_size must be a whole number >= 256 for data.unit='bpe', got 255",
         ),
         ({"vocab_size": 300}, "data.vocab_size is read only for data.unit='bpe', got 300; leave it out"),
+        ({"text_field": ""}, "data.text_field must be a string that is not empty, got ''"),
+        ({"text_field": "body", "files": "a.txt"}, "data.text_field is read only for files named *.jsonl, got 'body'"),
         ({"copy_memory": {"seed": 3}}, "data.copy_memory must be a CopyMemoryConfig, got {'seed': 3}"),
     ],
 )
@@ -386,3 +386,20 @@ def test_all_wrong_fields_are_named_together():
 def test_unknown_field_is_refused():
     with pytest.raises(TypeError, match="lvel"):
         DataConfig(lvel="word")  # pyright: ignore[reportCallIssue]
+
+
+def test_each_field_of_a_file_of_documents_is_a_text_of_its_own(tmp_path: Path):
+    file = write(tmp_path / "a.jsonl", '{"text": "ab", "body": "cd"}\n' * 20)
+    assert texts(load_text(DataConfig(files=file)))[1] == "ab\n" * 2
+    assert texts(load_text(DataConfig(files=file, text_field="body")))[1] == "cd\n" * 2
+
+
+def test_byte_pairs_learn_from_the_training_split_alone(tmp_path: Path):
+    file = write(tmp_path / "a.txt", "one two\n" * 90 + "zebra zebra\n" * 10)
+    corpus = load_text(DataConfig(files=file, unit="bpe", vocab_size=400))
+    assert any("two" in token for token in corpus.tokenizer.tokens)
+    assert not any("ze" in token for token in corpus.tokenizer.tokens)
+    assert "".join(texts(corpus)) == "one two\n" * 90 + "zebra zebra\n" * 10
+    assert corpus.num_bytes == {split: len(text) for split, text in zip(SPLITS, texts(corpus), strict=True)}
+    assert corpus.bytes_per_token("train") == pytest.approx(corpus.num_bytes["train"] / len(corpus.train))
+    assert load_text(DataConfig(files=file)).bytes_per_token("train") is None

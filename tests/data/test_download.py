@@ -118,10 +118,10 @@ def test_three_plain_files_are_downloaded(
     root, address = server
     archives = []
     for (split, text), published in zip(SPLITS.items(), PUBLISHED["penn_treebank"].archives, strict=True):
-        assert published.members == ((split, ""),)
+        assert published.members == ()
         (root / f"ptb.{split}.txt").write_text(text)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
-        archives.append(Archive(url=f"{address}/ptb.{split}.txt", sha256=sha256, members=published.members))
+        archives.append(Archive(url=f"{address}/ptb.{split}.txt", sha256=sha256))
     set_published_counts("penn_treebank", *COUNTS)
     monkeypatch.setitem(PUBLISHED, "penn_treebank", replace(PUBLISHED["penn_treebank"], archives=tuple(archives)))
     summary = prepare_corpus("penn_treebank", tmp_path / "ptb")
@@ -168,9 +168,22 @@ def test_damaged_preparation_is_named(write_splits: Callable[..., Path], set_pub
     set_published_counts("wikitext2", *COUNTS)
     folder = write_splits(*SPLITS.values())
     prepare_corpus("wikitext2", folder)
-    ids = folder / "prepared" / "train.ids"
-    ids.write_bytes(ids.read_bytes()[::-1])
-    assert refusal("wikitext2", folder, ValueError).startswith(f"{ids} is damaged: its checksum")
+    ids = folder / "prepared" / "corpus.safetensors"
+    content = bytearray(ids.read_bytes())
+    content[-1] ^= 1
+    ids.write_bytes(content)
+    assert refusal("wikitext2", folder, ValueError).startswith(f"{ids} is damaged")
+
+
+def test_preparation_of_version_0_1_is_replaced(
+    write_splits: Callable[..., Path], set_published_counts: Callable[..., None]
+):
+    set_published_counts("wikitext2", *COUNTS)
+    folder = write_splits(*SPLITS.values())
+    (folder / "prepared").mkdir()
+    (folder / "prepared" / "corpus.json").write_text('{"format": "deepeq.corpus.v1"}')
+    prepare_corpus("wikitext2", folder)
+    assert contents(folder / "prepared") == ["corpus.safetensors", "tokenizer.json"]
 
 
 @pytest.mark.usefixtures("server")
@@ -189,39 +202,12 @@ def test_truncated_download_is_named(serve: Callable[..., None], tmp_path: Path)
     assert contents(tmp_path / "new") == []
 
 
-@pytest.mark.parametrize("end", [-30, 100, 0])
-@pytest.mark.usefixtures("server")
-def test_archive_that_is_no_whole_zip_is_named(serve: Callable[..., None], tmp_path: Path, end: int):
-    serve(zipped()[:end])
-    assert "is not a whole zip archive" in refusal("wikitext2", tmp_path / "new", ValueError)
-    assert contents(tmp_path / "new") == []
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("offset", [0, 2])
-@pytest.mark.usefixtures("server")
-def test_archive_with_wrong_bytes_is_named(serve: Callable[..., None], tmp_path: Path, compression: int, offset: int):
-    content = bytearray(zipped(compression=compression))
-    place = content.index(b"wiki.train.tokens") + len("wiki.train.tokens") + offset
-    content[place] ^= 0xFF
-    serve(bytes(content))
-    assert "is not a whole zip archive" in refusal("wikitext2", tmp_path / "new", ValueError)
-    assert contents(tmp_path / "new") == []
-
-
-@pytest.mark.usefixtures("server")
-def test_file_that_the_archive_lacks_is_named(serve: Callable[..., None], tmp_path: Path):
-    serve(zipped(without="valid"))
-    message = refusal("wikitext2", tmp_path / "new", ValueError)
-    assert "is not a whole zip archive with the file wikitext-2/wiki.valid.tokens" in message
-
-
 @pytest.mark.usefixtures("server")
 def test_address_without_the_file_is_named(serve: Callable[..., None], server: tuple[Path, str], tmp_path: Path):
     serve(zipped())
     (server[0] / "wikitext-2-v1.zip").unlink()
     message = refusal("wikitext2", tmp_path / "new", OSError)
-    assert "cannot be downloaded into" in message
+    assert "wikitext-2-v1.zip cannot be downloaded (" in message
     assert "404" in message
 
 

@@ -1,5 +1,6 @@
 """Prepared folders: the ids of the text whatever the blocks, made whole or not at all, and damage that is named."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,23 +8,24 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
 
-from deepeq.data import SPLITS, Corpus, DataConfig, Tokenizer, load_corpus, preparation
+from deepeq.data import SPLITS, Corpus, DataConfig, Split, Tokenizer, load_corpus
 from deepeq.data import text as text_module
 from deepeq.data.preparation import open_prepared, prepare
 from deepeq.data.text import StringSource, Text
 from deepeq.data.tokenizer import Unit
-from deepeq.files import Progress, sha256_of
+from deepeq.files import Progress, read_tensors, sha256_of, write_tensors
 
-REPEATABLE = settings(deadline=None, derandomize=True, database=None)
+REPEATABLE = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 LINES = "the cat sat\n\non the mat\nthe end\n"
 
 
@@ -59,9 +61,12 @@ def prepared(text_folder: Path, cache: Path) -> Path:
     return folder
 
 
-def edit_record(folder: Path, **changes: object) -> None:
-    path = folder / "corpus.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def rewrite(folder: Path, ids: dict[str, Tensor] | None = None, **changes: object) -> None:
+    """Writes the file of ids again with other ids or another record, and a checksum that fits."""
+    tensors, metadata = read_tensors(folder / "corpus.safetensors")
+    tensors = {name: (ids or {}).get(name, part).clone() for name, part in tensors.items()}
+    record = {key: value for key, value in (json.loads(metadata["record"]) | changes).items() if value != "gone"}
+    write_tensors(folder / "corpus.safetensors", tensors, metadata | {"record": json.dumps(record)})
 
 
 def refusal(folder: Path, kind: type[Exception] = ValueError, *, verify: bool = False) -> str:
@@ -73,19 +78,24 @@ def refusal(folder: Path, kind: type[Exception] = ValueError, *, verify: bool = 
     return message
 
 
+class Blocks(StringSource):
+    """A text that is read in the blocks that a separator marks."""
+
+    def blocks(self) -> Iterator[str]:
+        yield from self.text.split("|")
+
+
 def text_of(unit: Unit, train: list[str], valid: list[str]) -> Text:
     """A text whose splits come in given blocks."""
-    source = StringSource("blocks", "".join([*train, *valid]))
-    splits = {"train": lambda: iter(train), "valid": lambda: iter(valid), "test": lambda: iter(["b a\nb"])}
-    size = 300 if unit == "bpe" else None
-    return Text(name="blocks", unit=unit, vocab_size=size, sources=(source,), splits=splits)  # pyright: ignore
+    sources = tuple(Blocks("blocks", "|".join(blocks)) for blocks in (train, valid, ["b a\nb"]))
+    return Text(name="blocks", unit=unit, vocab_size=300 if unit == "bpe" else None, sources=sources, is_split=True)
 
 
 @REPEATABLE
 @given(
     blocks=st.lists(st.text(st.sampled_from("ab c\n"), max_size=8), max_size=8),
     other=st.text(st.sampled_from("ab d\n\u20ac"), max_size=20),
-    unit=st.sampled_from(["character", "word"]),
+    unit=st.sampled_from(["character", "word", "bpe"]),
 )
 def test_streamed_ids_are_those_of_the_text_at_once(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[str], other: str, unit: Unit
@@ -94,19 +104,12 @@ def test_streamed_ids_are_those_of_the_text_at_once(
     train, valid = ["a a\n", *blocks], ["b\nb", other]
     prepare(text_of(unit, train, valid), folder)
     record, tokenizer, ids = open_prepared(folder, verify=True)
-    expected = Tokenizer.from_text("".join(train), unit)
+    expected = Tokenizer.from_text("".join(train), unit, vocab_size=300)
     assert tokenizer == expected
-    for split, text in (("train", "".join(train)), ("valid", "".join(valid))):
+    texts: dict[Split, str] = {"train": "".join(train), "valid": "".join(valid)}
+    for split, text in texts.items():
         assert ids[split].tolist() == expected.encode(text).tolist()
-        assert record.splits[split].num_bytes == len(text.encode())
-
-
-def test_ids_are_renumbered_over_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(preparation, "BLOCK_IDS", 3)
-    text = "e d d c c c b b b b a a a a a\n" * 2
-    prepare(text_of("word", [text], ["a b"]), tmp_path / "prepared")
-    _, tokenizer, ids = open_prepared(tmp_path / "prepared")
-    assert ids["train"].tolist() == tokenizer.encode(text).tolist()
+        assert record.num_bytes[split] == len(text.encode())
 
 
 def test_byte_pairs_decode_to_the_text_and_count_its_bytes(tmp_path: Path):
@@ -116,7 +119,7 @@ def test_byte_pairs_decode_to_the_text_and_count_its_bytes(tmp_path: Path):
     assert 256 < len(tokenizer) <= 300
     assert tokenizer.decode(ids["train"]) == "".join(train)
     assert tokenizer.decode(ids["valid"]) == "".join(valid)
-    assert record.splits["valid"].num_bytes == len("".join(valid).encode())
+    assert record.num_bytes["valid"] == len("".join(valid).encode())
     assert record.wanted_vocab_size == 300
 
 
@@ -126,24 +129,16 @@ def test_byte_pairs_of_another_size_are_prepared_for_themselves(text_folder: Pat
     assert len(list(cache.iterdir())) == 2
 
 
-def test_prepared_folder_holds_ids_vocabulary_and_a_record(prepared: Path, text_folder: Path):
-    assert sorted(path.name for path in prepared.iterdir()) == [
-        "corpus.json",
-        "test.ids",
-        "tokenizer.json",
-        "train.ids",
-        "valid.ids",
-    ]
-    record = json.loads((prepared / "corpus.json").read_text())
-    assert (record["format"], record["name"], record["unit"]) == ("deepeq.corpus.v2", "text", "word")
-    assert record["vocab_size"] == len(Tokenizer.load(prepared / "tokenizer.json")) == 8
-    for split, source in zip(SPLITS, record["sources"], strict=True):
-        path, ids = text_folder / f"{split}.txt", prepared / f"{split}.ids"
+def test_prepared_folder_holds_ids_tokenizer_and_a_record(prepared: Path, text_folder: Path):
+    assert sorted(path.name for path in prepared.iterdir()) == ["corpus.safetensors", "tokenizer.json"]
+    record, tokenizer, ids = open_prepared(prepared)
+    assert (record.name, record.unit, record.wanted_vocab_size, len(tokenizer)) == ("text", "word", None, 8)
+    for split, source in zip(SPLITS, record.sources, strict=True):
+        path = text_folder / f"{split}.txt"
         assert source["path"] == str(path)
-        assert source["bytes"] == path.stat().st_size
+        assert source["bytes"] == record.num_bytes[split] == path.stat().st_size
         assert source["sha256"] == sha256_of(path)
-        expected = {"tokens": ids.stat().st_size // 4, "sha256": sha256_of(ids), "num_bytes": path.stat().st_size}
-        assert record["splits"][split] == expected
+        assert record.sha256[split] == hashlib.sha256(ids[split].numpy().astype("<i4").tobytes()).hexdigest()
 
 
 def test_splits_are_memory_maps_that_no_write_reaches(prepared: Path):
@@ -151,16 +146,26 @@ def test_splits_are_memory_maps_that_no_write_reaches(prepared: Path):
     assert {split: part.dtype for split, part in ids.items()} == dict.fromkeys(SPLITS, torch.int32)
     maps = Path("/proc/self/maps")
     if maps.exists():
-        assert str(prepared / "train.ids") in maps.read_text()
+        assert str(prepared / "corpus.safetensors") in maps.read_text()
     ids["train"].fill_(1)
     assert open_prepared(prepared, verify=True)[2]["train"].unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("unit", "fingerprint"),
+    [
+        ("word", "50a9fc7c850adac17098f4cd24ce395e1506f29ed1c12588d3660279e3dace48"),
+        ("character", "5e650b06592c27e7438bc733663caa52c5ad082d9d7930af821c3778919af00c"),
+    ],
+)
+def test_fingerprint_is_that_of_version_0_1(text_folder: Path, cache: Path, unit: Unit, fingerprint: str):
+    assert load(text_folder, cache, unit=unit).fingerprint == fingerprint
 
 
 def test_memory_holds_a_block_of_the_text_and_not_all(
     write_splits: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(text_module, "BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr(preparation, "BLOCK_IDS", 1 << 12)
+    monkeypatch.setattr(text_module, "BLOCK_CHARS", 1 << 14)
     train = "".join(f"word{index % 997} of a line that goes on\n" for index in range(60_000))  # 2 MB
     folder = write_splits(train, "a b\n", "c d\n")
     tracemalloc.start()
@@ -175,7 +180,10 @@ def test_memory_holds_a_block_of_the_text_and_not_all(
 def test_second_load_reads_what_the_first_prepared(text_folder: Path, cache: Path):
     seen: list[tuple[str, float]] = []
     first = load(text_folder, cache, progress=lambda what, fraction: seen.append((what, fraction)))
-    assert {what for what, _ in seen} == {f"reading the {name} text" for name in ("training", "validation", "test")}
+    assert list(dict.fromkeys(what for what, _ in seen)) == [
+        "counting the tokens of the training text",
+        *(f"encoding the {name} text" for name in ("training", "validation", "test")),
+    ]
     fractions = [fraction for _, fraction in seen]
     assert fractions == sorted(fractions)
     assert 0 < fractions[0] < fractions[-1] == 1
@@ -196,13 +204,13 @@ def test_changed_text_is_prepared_again(text_folder: Path, cache: Path):
     assert first.fingerprint != second.fingerprint
 
 
-def test_each_level_is_prepared_for_itself(text_folder: Path, cache: Path):
+def test_each_unit_is_prepared_for_itself(text_folder: Path, cache: Path):
     assert load(text_folder, cache, unit="word").unit == "word"
     assert load(text_folder, cache, unit="character").unit == "character"
     assert len(list(cache.iterdir())) == 2
 
 
-def test_fingerprint_tells_ids_and_vocabularies_apart(write_splits: Callable[..., Path], cache: Path):
+def test_fingerprint_tells_ids_and_tokenizers_apart(write_splits: Callable[..., Path], cache: Path):
     splits = [
         ("a b\n", "a\n", "b\n"),
         ("a c\n", "a\n", "c\n"),  # the same ids, other words
@@ -245,22 +253,28 @@ def test_prepared_folder_beside_a_changed_text_is_not_used(prepared: Path, text_
     assert load(text_folder, cache).valid.tolist() == [1, 1, 1, 0]
 
 
-def test_prepared_folder_of_another_level_beside_the_text_is_not_used(prepared: Path, text_folder: Path, cache: Path):
+def test_prepared_folder_of_another_unit_beside_the_text_is_not_used(prepared: Path, text_folder: Path, cache: Path):
     prepared.rename(text_folder / "prepared")
     corpus = load(text_folder, cache, unit="character")
     assert corpus.tokenizer.decode(corpus.train) == LINES
 
 
-def test_folder_of_another_level_or_corpus_is_refused(prepared: Path, cache: Path):
-    with pytest.raises(
-        ValueError, match=r"of the unit 'word', but data\.unit is 'character'; set data\.unit to 'word'$"
-    ):
+def test_folder_of_another_unit_or_corpus_is_refused(prepared: Path, cache: Path):
+    with pytest.raises(ValueError, match=r"was prepared with data\.unit='word'; set that, or name another folder$"):
         load(prepared, cache, unit="character")
     config = DataConfig(corpus="wikitext103", folder=str(prepared), unit="word")
     with pytest.raises(
         ValueError, match=r"holds the corpus 'text', but .* 'wikitext103'; set data\.corpus to 'folder'"
     ):
         load_corpus(config)
+
+
+def test_folder_of_another_number_of_byte_pairs_is_refused(text_folder: Path, cache: Path):
+    load(text_folder, cache, unit="bpe", vocab_size=260)
+    (folder,) = cache.iterdir()
+    assert load(folder, cache, unit="bpe", vocab_size=260).vocab_size == 260
+    with pytest.raises(ValueError, match=r"was prepared with data\.unit='bpe' and data\.vocab_size=260; set that"):
+        load(folder, cache, unit="bpe", vocab_size=300)
 
 
 def test_interrupted_preparation_leaves_nothing(text_folder: Path, cache: Path):
@@ -338,7 +352,7 @@ def test_cache_is_where_the_environment_says(text_folder: Path, tmp_path: Path, 
     assert len(list((tmp_path / ".cache" / "deepeq").iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["corpus.json", "tokenizer.json", "train.ids", "valid.ids", "test.ids"])
+@pytest.mark.parametrize("name", ["corpus.safetensors", "tokenizer.json"])
 def test_missing_file_is_named(prepared: Path, name: str):
     (prepared / name).unlink()
     assert name in refusal(prepared, FileNotFoundError)
@@ -346,66 +360,47 @@ def test_missing_file_is_named(prepared: Path, name: str):
 
 @pytest.mark.parametrize("change", [-1, 4])
 def test_file_of_ids_of_another_size_is_named(prepared: Path, change: int):
-    path = prepared / "valid.ids"
+    path = prepared / "corpus.safetensors"
     os.truncate(path, path.stat().st_size + change)
     message = refusal(prepared)
-    assert message.startswith(f"{path} is damaged: it has {16 + change} bytes instead of 16")
-    assert f"delete {prepared} and prepare" in message
+    assert message.startswith(f"{path} is damaged")
+    assert message.endswith(f"delete {prepared} and prepare the corpus again")
 
 
-def test_ids_outside_the_vocabulary_are_named(prepared: Path):
-    path = prepared / "test.ids"
-    for wrong in (8, -1):
-        np.array([2, wrong, 0], dtype="<i4").tofile(path)
-        assert refusal(prepared).startswith(f"{path} is damaged: its ids")
+@pytest.mark.parametrize("wrong", [8, -1])
+def test_ids_outside_the_vocabulary_are_named(prepared: Path, wrong: int):
+    rewrite(prepared, {"test": torch.tensor([2, wrong, 0], dtype=torch.int32)})
+    path = prepared / "corpus.safetensors"
+    assert refusal(prepared).startswith(f"{path} is damaged: its ids {min(wrong, 0)} .. {max(wrong, 2)} are outside")
 
 
 def test_changed_id_is_found_by_verification(prepared: Path):
-    path = prepared / "train.ids"
-    ids = np.fromfile(path, dtype="<i4")
-    ids[5] = 1
-    ids.tofile(path)
+    path = prepared / "corpus.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
     open_prepared(prepared)
-    assert refusal(prepared, verify=True).startswith(f"{path} is damaged: its checksum is not the recorded one")
+    assert refusal(prepared, verify=True).startswith(f"{path} is damaged")
 
 
-def test_changed_vocabulary_is_named(prepared: Path):
+def test_changed_tokenizer_is_named(prepared: Path):
     path = prepared / "tokenizer.json"
     path.write_text(path.read_text().replace("cat", "cow"))
     assert refusal(prepared).startswith(f"{path} is damaged: its checksum is not the recorded one")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"vocab_size": 9},
-        {"vocab_size": "8"},
-        {"unit": "byte"},
-        {"unit": ["word"]},
-        {"name": 3},
-        {"wanted_vocab_size": "3"},
-        {"splits": {}},
-        {"splits": []},
-        {"splits": {key: {"tokens": "16", "sha256": "0", "num_bytes": 3} for key in SPLITS}},
-        {"splits": {key: {"tokens": -4, "sha256": "0", "num_bytes": 3} for key in SPLITS}},
-        {"splits": {key: {"tokens": 4} for key in SPLITS}},
-        {"sources": None},
-        {"unknown": 1},
-        {"tokenizer_sha256": "0"},
-    ],
-)
-def test_damaged_record_is_named(prepared: Path, changes: dict):
-    edit_record(prepared, **changes)
-    assert "is damaged: " in refusal(prepared)
+@pytest.mark.parametrize("changes", [{"unknown": 1}, {"sources": "gone"}])
+def test_record_of_other_fields_is_named(prepared: Path, changes: dict):
+    rewrite(prepared, **changes)
+    assert refusal(prepared).endswith(f"delete {prepared} and prepare the corpus again")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 1_000_000])
-def test_record_that_is_not_json_is_named(prepared: Path, content: bytes):
-    (prepared / "corpus.json").write_bytes(content)
-    assert refusal(prepared).startswith(f"{prepared / 'corpus.json'} is damaged: it is not readable as JSON")
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "deepeq.corpus.v1"}', '{"model": "bert"}'])
-def test_foreign_record_is_named(prepared: Path, content: str):
-    (prepared / "corpus.json").write_text(content)
-    assert "corpus.json is not of the format 'deepeq.corpus.v2'" in refusal(prepared)
+def test_foreign_files_are_named(prepared: Path):
+    path = prepared / "corpus.safetensors"
+    for content in (b"", b"{", b"\xff" * 100, b"[" * 1_000):
+        path.write_bytes(content)
+        assert refusal(prepared).startswith(f"{path} is damaged")
+    save_file({"weight": torch.zeros(3)}, path)
+    assert refusal(prepared).startswith(f"{path} is damaged or was not written by deepeq")
+    write_tensors(path, {"weight": torch.zeros(3)}, {"format": "pt"})
+    assert "corpus.safetensors is not of the format 'deepeq.corpus.v2'" in refusal(prepared)

@@ -102,7 +102,7 @@ def test_too_little_text_names_both_numbers(num_ids: int):
 @pytest.mark.parametrize("field", ["batch_size", "segment_len"])
 @pytest.mark.parametrize("value", [0, -1, 2.0])
 def test_counts_must_be_positive_integers(field: str, value: float):
-    with pytest.raises(ValueError, match=f"{field} must be a positive integer, got {value}"):
+    with pytest.raises(ValueError, match=f"{field}={value} must be a whole number >= 1"):
         SegmentStream(torch.arange(20), **({"batch_size": 2, "segment_len": 2} | {field: value}))  # pyright: ignore
 
 

@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepeq.data import DataConfig
+from deepeq.data import SPLITS, DataConfig
 from deepeq.data import text as text_module
-from deepeq.data.text import FileSource, JsonLinesSource, find_text, whole_tokens
+from deepeq.data.text import FileSource, find_text, whole_tokens
 from deepeq.data.tokenizer import Unit, split_tokens
 
 REPEATABLE = settings(deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(params=[1, 2, 3, 5, 64])
-def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(text_module, "BLOCK_BYTES", request.param)
+def block_chars(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(text_module, "BLOCK_CHARS", request.param)
     return request.param
 
 
-@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.usefixtures("block_chars")
 @pytest.mark.parametrize("content", ["caf\u00e9 \u20ac \U0001f600\n", "a\r\nb\rc\n\r\n", "x\r", "\ufeffa\ufeff"])
 def test_blocks_of_any_size_make_what_python_reads_at_once(tmp_path: Path, content: str):
     path = tmp_path / "a.txt"
@@ -30,7 +30,6 @@ def test_blocks_of_any_size_make_what_python_reads_at_once(tmp_path: Path, conte
         assert "".join(FileSource(path).blocks()) == file.read()
 
 
-@pytest.mark.parametrize("size", [4, 5, 64])
 @pytest.mark.parametrize(
     ("content", "byte"),
     [
@@ -38,15 +37,15 @@ def test_blocks_of_any_size_make_what_python_reads_at_once(tmp_path: Path, conte
         (b"abc\xe2\x82x", "byte 3 is 0xe2"),
         (b"\xef\xbb\xbfab\xff", "byte 5 is 0xff"),
         (b"abcde\xe2\x82", "byte 5 is 0xe2"),
+        (b"a" * 100_000 + b"\xe2\x82" + b"a" * 100_000, "byte 100000 is 0xe2"),
+        (b"\xef\xbb\xbf" + b"a" * 8188 + b"\xe2\x82b", "byte 8191 is 0xe2"),
     ],
 )
-def test_first_wrong_byte_is_counted_from_the_start_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, content: bytes, byte: str
-):
-    monkeypatch.setattr(text_module, "BLOCK_BYTES", size)
-    path = tmp_path / "a.txt"
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_first_wrong_byte_is_counted_from_the_start_of_the_file(tmp_path: Path, name: str, content: bytes, byte: str):
+    path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"a\.txt is not UTF-8 text \({byte}\); convert it to UTF-8$"):
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text \({byte}\); convert it to UTF-8$"):
         list(FileSource(path).blocks())
 
 
@@ -84,7 +83,7 @@ def test_streamed_split_is_that_of_the_joined_text(
     for index, part in enumerate(parts):
         (folder / f"{index}.txt").write_text(part, newline="")
     text = find_text(DataConfig(files=tuple(str(folder / f"{index}.txt") for index in range(len(parts))), unit=unit))
-    streamed = ["".join(text.splits[split]()) for split in ("train", "valid", "test")]
+    streamed = ["".join(text.blocks(split)) for split in ("train", "valid", "test")]
     assert streamed == split_at_once("\n".join(parts), unit)
 
 
@@ -92,26 +91,40 @@ def test_stream_can_be_read_again(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("some words\n")
     text = find_text(DataConfig(files=(str(path),), unit="word"))
-    assert [list(text.splits["train"]()) for _ in range(2)] == [["some words\n"]] * 2
+    assert [list(text.blocks("train")) for _ in range(2)] == [["some words\n"]] * 2
 
 
-@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.usefixtures("block_chars")
 def test_lines_of_json_give_one_document_each(tmp_path: Path):
     documents = ["one\ntwo", "caf\u00e9 \u20ac", "", "three\r\nfour\n", "\u2028"]
     path = tmp_path / "a.jsonl"
     rows = [json.dumps({"id": 7, "text": text}, ensure_ascii=index % 2 == 0) for index, text in enumerate(documents)]
     path.write_text("\n".join([rows[0], "", *rows[1:]]) + "\n", encoding="utf-8")
     expected = "one\ntwo\ncaf\u00e9 \u20ac\n\nthree\nfour\n\u2028\n"
-    assert "".join(JsonLinesSource(path).blocks()) == expected
+    assert "".join(FileSource(path).blocks()) == expected
     text = find_text(DataConfig(files=str(path)))
-    assert "".join("".join(text.splits[split]()) for split in ("train", "valid", "test")) == expected
+    assert "".join("".join(text.blocks(split)) for split in ("train", "valid", "test")) == expected
 
 
-@pytest.mark.parametrize("line", ["text", '{"body": "a"}', '{"text": 3}', '["text"]', '{"text": "a"', "[" * 100_000])
+def test_documents_may_be_in_another_field(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "body": "b"}\n' * 10)
+    text = find_text(DataConfig(files=str(path), text_field="body"))
+    assert "".join(text.blocks("train")) == "b\n" * 8
+
+
+def test_folder_may_hold_lines_of_json(tmp_path: Path):
+    for split in SPLITS:
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}))
+    text = find_text(DataConfig(corpus="folder", folder=str(tmp_path)))
+    assert ["".join(text.blocks(split)) for split in SPLITS] == ["train\n", "valid\n", "test\n"]
+
+
+@pytest.mark.parametrize(
+    "line", ["text", '{"body": "a"}', '{"text": 3}', '["text"]', '{"text": "a"', r'{"text": "\ud800"}', "[" * 100_000]
+)
 def test_line_that_is_no_document_is_named(tmp_path: Path, line: str):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n\n' + line + "\n")
-    with pytest.raises(
-        ValueError, match=r"^line 3 of .*a\.jsonl is not a JSON object with a string in the field 'text'"
-    ):
-        list(JsonLinesSource(path).blocks())
+    with pytest.raises(ValueError, match=r"^line 3 of .*a\.jsonl is not a JSON object with a text in the field 'text'"):
+        list(FileSource(path).blocks())

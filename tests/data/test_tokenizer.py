@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,10 +34,9 @@ def test_words_are_sorted_by_falling_frequency_then_alphabetically():
     assert tokenizer.encode("a d\n\nb").tolist() == [4, 2, 0, 0, 3]
 
 
-def test_counted_tokens_make_the_vocabulary_of_their_text():
-    counts = {"d": 3, "<eos>": 3, "e": 1, "b": 2, "c": 1, "a": 1}
-    assert Tokenizer.from_counts(counts, "word") == Tokenizer.from_text("d b a\nb c d\nd e\n", "word")
-    assert Tokenizer.from_counts({"n": 2, "a": 3}, "character") == Tokenizer.from_text("nanaa", "character")
+@pytest.mark.parametrize("unit", ["word", "character"])
+def test_blocks_of_a_text_make_the_tokenizer_of_the_text(unit: Unit):
+    assert Tokenizer.from_text(["d b a\nb", " c d\nd e\n"], unit) == Tokenizer.from_text("d b a\nb c d\nd e\n", unit)
 
 
 def test_unknown_word_of_the_corpus_is_the_one_that_unseen_words_become():
@@ -116,7 +116,7 @@ def test_vocabulary_cannot_be_changed():
         tokenizer.tokens = ()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_vocabularies_are_equal_when_level_and_tokens_are():
+def test_vocabularies_are_equal_when_unit_and_tokens_are():
     one, other = Tokenizer.from_text("a b\n", "word"), Tokenizer.from_text("b a\n", "word")
     assert one == other
     assert hash(one) == hash(other)
@@ -139,7 +139,7 @@ def test_failed_save_leaves_the_earlier_file_and_no_rest(tmp_path: Path, monkeyp
     Tokenizer.from_text("ab", "character").save(path)
     earlier = path.read_bytes()
 
-    def write_half(self: Path, data: str, encoding: str) -> int:
+    def write_half(self: Path, data: str, encoding: str, newline: str) -> int:
         self.write_bytes(data[: len(data) // 2].encode(encoding))
         raise OSError("the disk is full")
 
@@ -151,11 +151,11 @@ def test_failed_save_leaves_the_earlier_file_and_no_rest(tmp_path: Path, monkeyp
 
 
 def saved(**changes: object) -> str:
-    content = {"format": "deepeq.tokenizer.v1", "unit": "character", "tokens": ["<unk>", "a", "b"]}
+    content = {"format": "deepeq.vocabulary.v1", "level": "character", "tokens": ["<unk>", "a", "b"]}
     return json.dumps(content | changes)
 
 
-def test_handwritten_file_of_the_format_is_loaded(tmp_path: Path):
+def test_vocabulary_of_version_0_1_is_loaded(tmp_path: Path):
     path = tmp_path / "tokenizer.json"
     path.write_text(saved())
     assert Tokenizer.load(path).encode("ba").tolist() == [2, 1]
@@ -169,13 +169,13 @@ def test_handwritten_file_of_the_format_is_loaded(tmp_path: Path):
         (b"\xff\xfe\x00", "is damaged"),
         (b"[" * 1_000_000, "is damaged"),
         (b"[]", "not of the format"),
-        (b'{"model": "bert"}', "not of the format"),
-        (saved(format="deepeq.tokenizer.v2").encode(), "not of the format"),
+        (b'{"model": "bert"}', "is damaged"),
+        (saved(format="deepeq.vocabulary.v2").encode(), "not of the format"),
         (saved(tokens=["<unk>", 1]).encode(), "not a list of strings"),
         (saved(tokens="<unk>").encode(), "not a list of strings"),
-        (saved(unit=["word"]).encode(), "unit must be"),
-        (saved(unit="byte").encode(), "unit must be"),
-        (saved(unit="word").encode(), "must begin with"),
+        (saved(level=["word"]).encode(), "must be one of"),
+        (saved(level="byte").encode(), "must be one of"),
+        (saved(level="word").encode(), "must begin with"),
         (saved(tokens=["a", "<unk>"]).encode(), "must begin with"),
         (saved(tokens=["<unk>", "a", "a"]).encode(), "'a' more than once"),
         (saved(tokens=["<unk>", "ab"]).encode(), "must be one character"),
@@ -202,8 +202,8 @@ def test_missing_folder_to_save_in_is_named(tmp_path: Path):
         Tokenizer.from_text("ab", "character").save(tmp_path / "absent" / "tokenizer.json")
 
 
-def test_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="unit must be 'character' or 'word' or 'bpe', got 'byte'"):
+def test_unknown_unit_is_refused():
+    with pytest.raises(ValueError, match="unit='byte' must be one of 'character', 'word', 'bpe'"):
         Tokenizer.from_text("ab", "byte")  # pyright: ignore[reportArgumentType]
 
 
@@ -211,6 +211,12 @@ def test_unknown_level_is_refused():
 def test_words_with_whitespace_are_refused(word: str):
     with pytest.raises(ValueError, match="must be one word"):
         Tokenizer(unit="word", tokens=("<eos>", "<unk>", word))
+
+
+@pytest.mark.parametrize(("unit", "byte_pairs"), [("word", "{}"), ("bpe", "")])
+def test_byte_pairs_are_for_their_own_unit(unit: Unit, byte_pairs: str):
+    with pytest.raises(ValueError, match="byte_pairs must be given for the unit 'bpe' and no other"):
+        Tokenizer(unit=unit, tokens=("<eos>", "<unk>"), byte_pairs=byte_pairs)
 
 
 @pytest.mark.parametrize("index", [-1, 3])
@@ -228,9 +234,12 @@ def test_ids_of_a_batch_are_not_decoded():
 TEXTS = st.text(max_size=60) | st.text(st.sampled_from("the cat\r\n\t \u2028\x85\U0001f600\u00e9\x00"), max_size=60)
 
 
+TRAINING_BLOCKS = ["the cat sat on the mat\n" * 50, "\u20ac \u20ac\n" * 9]
+
+
 @pytest.fixture(scope="module")
 def byte_pairs() -> Tokenizer:
-    return Tokenizer.train_byte_pairs(["the cat sat on the mat\n" * 50, "\u20ac \u20ac\n" * 9], 300)
+    return Tokenizer.from_text(TRAINING_BLOCKS, "bpe", vocab_size=300)
 
 
 @settings(deadline=None, derandomize=True, database=None)
@@ -247,8 +256,17 @@ def test_byte_pairs_join_what_is_frequent(byte_pairs: Tokenizer):
     assert len(byte_pairs.encode("zyx")) == 3
     assert 256 < len(byte_pairs) <= 300
     assert byte_pairs.unknown is None
-    again = Tokenizer.train_byte_pairs(["the cat sat on the mat\n" * 50, "\u20ac \u20ac\n" * 9], 300)
-    assert again == byte_pairs
+
+
+def test_byte_pairs_depend_on_the_text_alone(byte_pairs: Tokenizer):
+    assert Tokenizer.from_text("".join(TRAINING_BLOCKS), "bpe", vocab_size=300) == byte_pairs
+    assert Tokenizer.from_text(TRAINING_BLOCKS[0], "bpe", vocab_size=300) != byte_pairs
+
+
+def test_byte_pairs_are_written_in_the_format_of_their_library(byte_pairs: Tokenizer, tmp_path: Path):
+    byte_pairs.save(tmp_path / "tokenizer.json")
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("the cat \u20ac").ids == byte_pairs.encode("the cat \u20ac").tolist()
 
 
 def test_saved_byte_pairs_are_loaded_unchanged(byte_pairs: Tokenizer, tmp_path: Path):
@@ -259,13 +277,14 @@ def test_saved_byte_pairs_are_loaded_unchanged(byte_pairs: Tokenizer, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"tokens": ["a", "b"]}, {"merges": [["no", "such"]]}, {"merges": [["a"]]}, {"merges": 3}, {"unit": "word"}],
+    "change", [{"vocab": {"a": 0}}, {"vocab": {"a": 7}, "merges": []}, {"merges": [["no", "such"]]}, {"merges": 3}]
 )
 def test_damaged_byte_pairs_are_named(byte_pairs: Tokenizer, tmp_path: Path, change: dict):
     path = tmp_path / "tokenizer.json"
     byte_pairs.save(path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    content = json.loads(path.read_text())
+    content["model"] |= change
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged \(.*\); give a file that Tokenizer\.save wrote$"):
         Tokenizer.load(path)
 

@@ -7,11 +7,21 @@ from typing import Any
 import pytest
 
 from deepeq import GMRES, Anderson
-from deepeq.data import DataConfig
+from deepeq.data import DataConfig, load_corpus
 from deepeq.models import LayerConfig, ModelConfig, TransformerConfig
-from deepeq.train import EquilibriumConfig, FolderConfig, OptimizerConfig, RunConfig, RunFolder, TrainConfig, Trainer
+from deepeq.train import (
+    EquilibriumConfig,
+    FolderConfig,
+    OptimizerConfig,
+    RunConfig,
+    RunFolder,
+    TrainConfig,
+    Trainer,
+    read_metrics,
+)
 from deepeq.train import train as train_run
 from deepeq.train.distributed import make_fabric
+from deepeq.train.logging import open_loggers
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
 
@@ -27,7 +37,7 @@ def make_trainer(config: RunConfig) -> Trainer:
     """A trainer in the folder of its configuration, in one process."""
     folder = RunFolder(Path(config.run.dir or ""))
     folder.path.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, folder, make_fabric(config.train))
+    return Trainer(config, folder, load_corpus(config.data), make_fabric(config.train))
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +92,16 @@ def with_layer(config: RunConfig, layer: LayerConfig | None = None, **values: ob
     assert config.model.layer is not None
     layer = replace(layer or config.model.layer, **values)  # pyright: ignore[reportArgumentType]
     return replace(config, model=replace(config.model, layer=layer))
+
+
+def losses(folder: Path, split: str = "train") -> list[tuple[int, float]]:
+    """The steps and losses of a run on a split."""
+    return [(row["step"], row["nll"]) for row in read_metrics(folder / "metrics.jsonl") if row["split"] == split]
+
+
+def fit(config: RunConfig) -> list[tuple[int, float]]:
+    """Train without the evaluation of the end, and return the training losses."""
+    trainer = make_trainer(config)
+    with open_loggers(config, trainer.folder.path, 0) as loggers:
+        trainer.fit(loggers)
+    return losses(trainer.folder.path)

@@ -1,8 +1,9 @@
-"""`deepeq eval`: every option changes the computation, and the default is what training measured."""
+"""Evaluation: every option changes the computation, and the default is what training measured."""
 
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,22 @@ import torch
 
 from deepeq import Anderson
 from deepeq.cli import main
-from deepeq.train import EvaluationOptions, evaluate_run, load_config, quality_metrics, read_metrics
+from deepeq.train import (
+    EvaluationOptions,
+    RunConfig,
+    evaluate,
+    evaluate_run,
+    load_config,
+    quality_metrics,
+    read_metrics,
+)
 from deepeq.train.evaluation import Averages
-from tests.train.conftest import train, with_run, with_train
+from tests.train.conftest import make_trainer, train, with_run, with_train
 
 Measure = Callable[..., dict[str, Any]]
 
 EXACT = {"rtol": 1e-5, "max_steps": 300}
+
 RECIPES = {
     "transformer": "model: {layer: {class_path: deepeq.models.TransformerConfig, "
     "init_args: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 8}}}\n",
@@ -158,8 +168,12 @@ def test_explicit_network_has_no_solver(measure: Measure) -> None:
         ("trellis", {"rtol": -1.0}, "rtol=-1.0 of Broyden must be a finite number >= 0"),
         ("trellis", {"rtol": 0.0}, "rtol and atol of Broyden are both 0"),
         ("trellis", {"max_steps": -1}, "max_steps=-1 of Broyden must be a whole number >= 0"),
-        ("trellis", {"memory_len": -1, "batch_size": 0}, "batch_size=0 must be >= 1; memory_len=-1 must be >= 0"),
-        ("trellis", {"segment_len": 0, "piece_len": -3}, "segment_len=0 must be >= 1; piece_len=-3 must"),
+        (
+            "trellis",
+            {"memory_len": -1, "batch_size": 0},
+            "batch_size=0 must be a whole number >= 1; memory_len=-1 must be",
+        ),
+        ("trellis", {"segment_len": 0, "piece_len": -3}, "segment_len=0 must be a whole number >= 1; piece_len"),
         ("trellis", {"batch_size": 100_000}, "too short for batch_size=100000"),
     ],
 )
@@ -220,3 +234,30 @@ def test_restored_averages_go_on_exactly() -> None:
     averages.add_max("residual", torch.tensor(0.1, dtype=torch.float64) / 3)
     other.restore(json.loads(json.dumps(averages.state())))
     assert other.compute() == averages.compute()
+
+
+def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
+    trainer = make_trainer(config)
+    stream = trainer.batches("valid")
+    lengths = {targets.shape[1] for _, targets in stream}
+    assert len(lengths) == 2  # the last segment is shorter
+    values, memory, total = evaluate(trainer.model, stream), None, 0.0
+    for tokens, targets in stream:
+        output = trainer.model(tokens, memory)
+        memory = output.memory
+        picked = output.logits.log_softmax(dim=-1).gather(2, targets.unsqueeze(2))
+        total -= float(picked.sum().detach())
+    assert values["num_tokens"] == sum(targets.numel() for _, targets in stream)
+    assert values["nll"] == pytest.approx(total / values["num_tokens"], rel=1e-5)
+
+
+def test_changed_text_is_noticed_before_evaluation(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("abcdefgh " * 200)
+    config = replace(config, data=replace(config.data, files=(str(own),)))
+    train(with_train(config, steps=1))
+    own.write_text("ABCDEFGH " * 200)
+    assert main(["eval", "--run", str(config.run.dir)]) == 2
+    assert "has changed" in capsys.readouterr().err

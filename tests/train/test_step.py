@@ -1,10 +1,23 @@
-"""The optimizer of a step: its rule, and what it decays."""
+"""One optimizer step: its rule, its precision, and what it does with values that are not finite."""
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from deepeq.models import LanguageModel, ModelConfig, TransformerConfig
-from deepeq.train import OptimizerConfig
+from deepeq.nn import AdaptiveSoftmax
+from deepeq.train import (
+    OptimizerConfig,
+    RunConfig,
+    TrainingError,
+)
+from deepeq.train.checkpoint import SavedCheckpoint
 from deepeq.train.step import make_optimizer
+from tests.train.conftest import fit, make_trainer, with_run, with_train
 
 
 def test_stochastic_gradient_descent_is_plain() -> None:
@@ -32,3 +45,43 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert names[cell + "qkv.parametrizations.weight.original1"] == 0.3
     assert names["embedding.tables.0"] == names["network.cell.position.weight"] == 0.3
     assert names["softmax.bias"] == names["network.cell.attention_norm.weight"] == 0.0
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "equilibrium"])
+def test_non_finite_value_stops_before_the_optimizer(
+    config: RunConfig, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(replace(config, equilibrium=replace(config.equilibrium, pretrain_fraction=0.0)))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    if where == "loss":
+        monkeypatch.setattr(AdaptiveSoftmax, "nll", lambda self, hidden, targets: hidden.sum(dim=2) * math.nan)
+    elif where == "gradient":
+        trainer.model.embedding.tables[0].register_hook(lambda gradient: gradient * math.inf)
+    else:
+        trainer.model.network.cell.register_forward_hook(lambda cell, arguments, z: z * math.nan)
+    with pytest.raises(TrainingError, match=r"step 1: .*(nan|inf|non-finite)"):
+        trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert trainer.folder.last is not None
+    assert SavedCheckpoint(trainer.folder.last).progress["step"] == 0
+
+
+def test_bfloat16_training_stays_close_to_float32(config: RunConfig, tmp_path: Path) -> None:
+    final = {}
+    for precision in ("32-true", "bf16-mixed"):
+        final[precision] = fit(with_run(with_train(config, precision=precision), dir=str(tmp_path / precision)))[-1][1]
+    assert final["bf16-mixed"] != final["32-true"]
+    assert final["bf16-mixed"] == pytest.approx(final["32-true"], rel=0.05)
+
+
+def test_bfloat16_leaves_states_memory_and_losses_in_float32(config: RunConfig) -> None:
+    trainer, seen = make_trainer(with_train(config, precision="bf16-mixed")), set()
+    cell = trainer.model.network.cell
+    cell.register_forward_pre_hook(
+        lambda _, arguments: seen.add((arguments[0].dtype, torch.is_autocast_enabled("cpu")))
+    )
+    trainer.optimizer_step.run(5, [])
+    assert seen == {(torch.float32, True)}
+    leaves = [leaf for leaf in tree_leaves(trainer.optimizer_step.memory) if leaf is not None]
+    assert {leaf.dtype for leaf in leaves} == {torch.float32}
+    assert trainer.averages.compute()["backward_residual"] > 0

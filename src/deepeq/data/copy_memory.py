@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepeq.checks import check_count
 from deepeq.data.batches import SPLITS, SequenceBatches, Split
 
 NUM_SYMBOLS = 10
@@ -38,19 +39,11 @@ class CopyMemoryConfig:
     """Seed of the digits, and of the order of the training sequences."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"data.copy_memory.{name} must be a positive integer, got {value!r}"
-            for name, value in (
-                ("blank_len", self.blank_len),
-                ("num_train", self.num_train),
-                ("num_test", self.num_test),
-            )
-            if not isinstance(value, int) or value < 1
-        ]
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= _MAX_SEED:
-            problems.append(f"data.copy_memory.seed must be an integer in 0 .. 2^63 - 1, got {self.seed!r}")
-        if problems:
-            raise ValueError("; ".join(problems))
+        for name in ("blank_len", "num_train", "num_test"):
+            check_count(f"data.copy_memory.{name}", getattr(self, name), least=1)
+        check_count("data.copy_memory.seed", self.seed, least=0)
+        if self.seed > _MAX_SEED:
+            raise ValueError(f"data.copy_memory.seed={self.seed!r} must be a whole number <= {_MAX_SEED}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,21 +7,20 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pooch
 import torch
 from torch import Tensor
 
-from deepeq.data.batches import SPLITS, Batches, SegmentStream, Split
+from deepeq.data.batches import SPLITS, SegmentStream, Split
 from deepeq.data.config import PUBLISHED, Archive, DataConfig, PublishedName
 from deepeq.data.copy_memory import CopyMemory
-from deepeq.data.preparation import RECORD, Record, open_prepared, prepare
+from deepeq.data.preparation import CORPUS, Record, open_prepared, prepare
 from deepeq.data.text import Text, find_in_folder, find_text, published_folder, split_files, text_folder
 from deepeq.data.tokenizer import Tokenizer, Unit
 from deepeq.files import Progress
@@ -31,43 +30,6 @@ PREPARED = "prepared"
 
 _CHUNK_BYTES = 1 << 20
 _USER_AGENT = "deepeq"  # One of the hosts refuses the default of Python's libraries.
-
-
-class DataSource(Protocol):
-    """What a model is trained on and tested with: a text, or a generated task."""
-
-    @property
-    def name(self) -> str:
-        """Name of the data."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """What one token is: `character`, `word`, `bpe` or `symbol`."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of types."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The map between text and ids, or None if there is no text."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A checksum that tells this data from any other."""
-        ...
-
-    def bytes_per_token(self, split: Split) -> float | None:
-        """Return the UTF-8 bytes per token of a split of byte pairs; None for other units."""
-        ...
-
-    def stream(self, split: Split, *, batch_size: int, segment_len: int) -> Batches:
-        """Return a split as batches."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +73,11 @@ class Corpus:
         return SegmentStream(self.split(split), batch_size=batch_size, segment_len=segment_len)
 
 
-def load_corpus(config: DataConfig, *, progress: Progress | None = None) -> Corpus | CopyMemory:
+DataSource = Corpus | CopyMemory
+"""What a model is trained on and tested with: a text, or a generated task, with the same attributes and streams."""
+
+
+def load_corpus(config: DataConfig, *, progress: Progress | None = None) -> DataSource:
     """Return the data that a configuration names; a text that is not prepared yet is prepared in the cache.
 
     Every split is encoded by the training split's tokenizer. A published corpus must have the published number of types
@@ -133,11 +99,7 @@ def load_corpus(config: DataConfig, *, progress: Progress | None = None) -> Corp
         folder = _prepared_folder(text_folder(config), config)
     if folder is None:
         folder = _prepared_in_cache(find_text(config), config, progress)
-    record, tokenizer, ids = open_prepared(folder)
-    if not config.files:
-        _check_identity(record, folder, config)
-    num_bytes: dict[Split, int] = {split: record.splits[split].num_bytes for split in SPLITS}
-    return Corpus(record.name, tokenizer, ids["train"], ids["valid"], ids["test"], record.fingerprint, num_bytes)
+    return _open(folder, config)[0]
 
 
 def unigram_bits(train_ids: Tensor, test_ids: Tensor, vocab_size: int) -> float:
@@ -202,48 +164,36 @@ def prepare_corpus(
                     f"the text of {PUBLISHED[published].title} is neither in {folder} nor where DEEPEQ_DATA says; "
                     "allow the download, or name the folder that holds it"
                 )
-            download_text(published, folder, progress)
+            _download(published, folder, progress)
             found, downloaded = folder, True
-        if (prepared / RECORD).is_file():  # of another text, or of this one before it changed
+        # Of another text, of this one before it changed, or of version 0.1.
+        if (prepared / CORPUS).is_file() or (prepared / "corpus.json").is_file():
             shutil.rmtree(prepared)
         prepare(find_in_folder(found, config), prepared, progress)
-    record, _, _ = open_prepared(prepared, verify=True)
-    _check_identity(record, prepared, config)
+    corpus, record = _open(prepared, config, verify=True)
     return {
-        "name": record.name,
-        "unit": record.unit,
-        "types": record.vocab_size,
-        "tokens": {split: record.splits[split].tokens for split in SPLITS},
+        "name": corpus.name,
+        "unit": corpus.unit,
+        "types": corpus.vocab_size,
+        "tokens": {split: len(corpus.split(split)) for split in SPLITS},
         "folder": str(folder),
         "prepared": str(prepared),
         "sources": [source["path"] for source in record.sources],
-        "fingerprint": record.fingerprint,
+        "fingerprint": corpus.fingerprint,
         "downloaded": downloaded,
         "seconds": round(time.perf_counter() - start, 3),
     }
 
 
-def download_text(name: PublishedName, folder: Path, progress: Progress | None = None) -> None:
-    """Download the three files of a published corpus into a folder.
-
-    Args:
-        name: The corpus.
-        folder: The folder.
-        progress: Called with what is being done, and the fraction of it that is done.
-
-    Raises:
-        OSError: An address cannot be reached, or a file cannot be written.
-        ValueError: A download has another checksum, is not a zip archive, or lacks a file.
-    """
+def _download(name: PublishedName, folder: Path, progress: Progress | None) -> None:
+    """Download the three files of a published corpus into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for archive in PUBLISHED[name].archives:
-        path = _retrieve(archive, folder, progress)
-        try:
-            for _, member in archive.members:
-                target = folder / (member or archive.url).rsplit("/", 1)[-1]
-                _unpack(archive, path, member, target)
-        finally:
-            path.unlink(missing_ok=True)
+        # What a killed download leaves behind begins with a dot and is never read.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+            for path in _retrieve(archive, temporary, progress):
+                path.chmod(0o644)  # pooch's downloads are readable by their owner alone
+                path.replace(folder / path.name)
 
 
 class _ProgressBar:
@@ -265,60 +215,38 @@ class _ProgressBar:
         """Do nothing: the last update was reported already."""
 
 
-def _retrieve(archive: Archive, folder: Path, progress: Progress | None) -> Path:
-    # Any: pooch's annotations leave out progress bars and downloaders that its documentation describes.
+def _retrieve(archive: Archive, folder: str, progress: Progress | None) -> list[Path]:
+    """Return the text files that an address provides."""
+    # Any: pooch's annotations leave out progress bars and processors that its documentation describes.
     bar: Any = _ProgressBar(f"downloading {archive.url}", progress) if progress is not None else False
     downloader: Any = pooch.HTTPDownloader(bar, _CHUNK_BYTES, headers={"User-Agent": _USER_AGENT})
-    name = f".{archive.url.rsplit('/', 1)[-1]}.download"
+    unzip: Any = pooch.Unzip(members=list(archive.members)) if archive.members else None
+    name, known = archive.url.rsplit("/", 1)[-1], f"sha256:{archive.sha256}"
     try:
-        path = pooch.retrieve(archive.url, f"sha256:{archive.sha256}", name, folder, downloader=downloader)
+        files: Any = pooch.retrieve(archive.url, known, name, folder, processor=unzip, downloader=downloader)
     except ValueError as error:
         raise ValueError(
             f"{archive.url} does not have the checksum {archive.sha256[:12]}..., so the download is incomplete or the "
-            f"file was replaced; try again, or put the text into {folder} yourself"
+            "file was replaced; try again, or get the text elsewhere"
         ) from error
     except OSError as error:
         response = getattr(error, "response", None)
         if response is not None:  # pooch leaves the connection open after a refusal
             response.close()
         raise OSError(
-            f"{archive.url} cannot be downloaded into {folder} ({' '.join(str(error).split())}); try again, or put "
-            "the text there yourself"
+            f"{archive.url} cannot be downloaded ({' '.join(str(error).split())}); try again, or get the text elsewhere"
         ) from error
-    return Path(path)
-
-
-def _unpack(archive: Archive, path: Path, member: str, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        if member:
-            with zipfile.ZipFile(path) as zipped, zipped.open(member) as source, temporary.open("wb") as file:
-                shutil.copyfileobj(source, file, _CHUNK_BYTES)
-        else:
-            shutil.copyfile(path, temporary)
-        temporary.replace(target)
-    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(
-            f"{archive.url} is not a whole zip archive with the file {member} ({error}); put the text into "
-            f"{target.parent} yourself"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    return [Path(file) for file in (files if archive.members else [files])]
 
 
 def _prepared_folder(folder: Path, config: DataConfig) -> Path | None:
     """Return the prepared corpus that a folder is, or the one inside it if that is up to date; else None."""
-    if (folder / RECORD).is_file():
+    if (folder / CORPUS).is_file():
         return folder
     prepared, paths = folder / PREPARED, split_files(folder)
-    if not (prepared / RECORD).is_file():
+    if not (prepared / CORPUS).is_file():
         return None
-    try:
-        record = Record.load(prepared)
-    except ValueError as error:
-        if "not of the format" in str(error):  # of version 0.1: the text is prepared again
-            return None
-        raise
+    record = Record.load(prepared)
     recorded = [(source.get("bytes"), source.get("mtime_ns")) for source in record.sources]
     # The text itself may be elsewhere, or deleted by now.
     known = not all(path.is_file() for path in paths) or recorded == [
@@ -333,7 +261,7 @@ def _prepared_in_cache(text: Text, config: DataConfig, progress: Progress | None
     root = Path(config.cache or os.environ.get("DEEPEQ_CACHE") or "~/.cache/deepeq").expanduser()
     state = [text.name, text.vocab_size, *(source.state() for source in text.sources)]
     key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
-    folder = root / f"{text.unit}-{key}-2"  # the last number changes with the format
+    folder = root / f"{text.unit}-{key}-3"  # the last number changes with the format
     if folder.exists():
         return folder
     try:
@@ -349,26 +277,30 @@ def _prepared_in_cache(text: Text, config: DataConfig, progress: Progress | None
     return folder
 
 
-def _check_identity(record: Record, folder: Path, config: DataConfig) -> None:
-    """Check that a prepared text is the one that a configuration names."""
-    if record.unit != config.unit:
+def _open(folder: Path, config: DataConfig, *, verify: bool = False) -> tuple[Corpus, Record]:
+    """Return a prepared text and its record, if it is the one that a configuration names."""
+    record, tokenizer, ids = open_prepared(folder, verify=verify)
+    corpus = Corpus(
+        record.name, tokenizer, ids["train"], ids["valid"], ids["test"], record.fingerprint, record.num_bytes
+    )
+    if (record.unit, record.wanted_vocab_size) != (config.unit, config.vocab_size):
+        size = "" if record.wanted_vocab_size is None else f" and data.vocab_size={record.wanted_vocab_size}"
         raise ValueError(
-            f"{folder} holds tokens of the unit {record.unit!r}, but data.unit is {config.unit!r}; set data.unit to "
-            f"{record.unit!r}"
+            f"{folder} was prepared with data.unit={record.unit!r}{size}; set that, or name another folder"
         )
-    if config.corpus not in PUBLISHED:
-        return
+    if config.corpus not in PUBLISHED or config.files:
+        return corpus, record
     if record.name != config.corpus:
         raise ValueError(
             f"{folder} holds the corpus {record.name!r}, but data.corpus is {config.corpus!r}; set data.corpus to "
             f"{record.name if record.name in PUBLISHED else 'folder'!r}"
         )
-    if config.unit != "word":
-        return
-    tokens: dict[Split, int] = {split: record.splits[split].tokens for split in SPLITS}
-    differences = PUBLISHED[config.corpus].differences(record.vocab_size, tokens)
+    published = PUBLISHED[config.corpus]
+    counts = [len(corpus.split(split)) for split in SPLITS]
+    differences = published.differences(corpus.vocab_size, counts) if config.unit == "word" else []
     if differences:
         raise ValueError(
-            f"{folder} holds {', '.join(differences)}, so it is not {PUBLISHED[config.corpus].title}; get the "
-            "published text, or set data.corpus to 'folder' for a text of your own"
+            f"{folder} holds {', '.join(differences)}, so it is not {published.title}; get the published text, or set "
+            "data.corpus to 'folder' for a text of your own"
         )
+    return corpus, record

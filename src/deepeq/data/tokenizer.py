@@ -1,20 +1,23 @@
-"""The one-to-one map between the tokens of a text (characters, words or byte pairs) and integer ids.
+"""The map between the tokens of a text (characters, words or byte pairs) and integer ids.
 
 Letters: N tokens of one text, V size of the vocabulary.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from deepeq.checks import check_choice
 from deepeq.files import write_atomically
 
 Unit = Literal["character", "word", "bpe"]
@@ -26,7 +29,8 @@ NUM_BYTES = 256
 """Byte-pair tokens include every single byte."""
 
 _SPECIALS: dict[str, tuple[str, ...]] = {"character": (UNKNOWN,), "word": (END_OF_LINE, UNKNOWN), "bpe": ()}
-_FORMAT = "deepeq.tokenizer.v1"
+# Format and field names of version 0.1 are kept: its files stay readable, and fingerprints of corpora stay the same.
+_FORMAT = "deepeq.vocabulary.v1"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -55,14 +59,13 @@ class Tokenizer:
     """What one token is."""
     tokens: tuple[str, ...]
     """The tokens in the order of their ids, special tokens first."""
-    merges: tuple[tuple[str, str], ...] = ()
-    """Pairs of byte-pair tokens that are joined, the first ones first."""
+    byte_pairs: str = ""
+    """JSON of the byte-pair model as the library `tokenizers` writes it; empty for other units."""
     _ids: dict[str, int] = field(init=False, compare=False)
-    _byte_pairs: tokenizers.Tokenizer | None = field(init=False, compare=False, default=None)
+    _library: tokenizers.Tokenizer | None = field(init=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be {' or '.join(map(repr, get_args(Unit)))}, got {self.unit!r}")
+        check_choice("unit", self.unit, Unit)
         specials = _SPECIALS[self.unit]
         if self.tokens[: len(specials)] != specials:
             raise ValueError(f"tokens must begin with {specials}, got {self.tokens[: len(specials)]}")
@@ -74,46 +77,45 @@ class Tokenizer:
             twice = next(token for index, token in enumerate(self.tokens) if ids[token] != index)
             raise ValueError(f"tokens must differ from each other, got {twice!r} more than once")
         object.__setattr__(self, "_ids", ids)
-        if self.unit == "bpe":
-            if not set(pre_tokenizers.ByteLevel.alphabet()) <= set(self.tokens):
-                raise ValueError("tokens must hold all single bytes, and some are missing")
-            object.__setattr__(self, "_byte_pairs", _byte_pairs(models.BPE(vocab=ids, merges=list(self.merges))))
+        if (self.unit == "bpe") != bool(self.byte_pairs):
+            raise ValueError(f"byte_pairs must be given for the unit 'bpe' and no other, got unit={self.unit!r}")
+        if self.byte_pairs:
+            library = tokenizers.Tokenizer.from_str(self.byte_pairs)
+            if library.get_vocab() != ids:
+                raise ValueError("tokens must be those of byte_pairs in the order of their ids")
+            object.__setattr__(self, "_library", library)
 
     @classmethod
-    def from_text(cls, text: str, unit: Unit) -> "Tokenizer":
-        """Return the tokenizer with all characters or words of a training text."""
-        return cls.from_counts(Counter(split_tokens(text, unit)), unit)
+    def from_text(cls, text: str | Iterable[str], unit: Unit, *, vocab_size: int | None = None) -> "Tokenizer":
+        """Return the tokenizer of a training text: all its characters or words, or the byte pairs that suit it best.
 
-    @classmethod
-    def from_counts(cls, counts: Mapping[str, int], unit: Unit) -> "Tokenizer":
-        """Return the tokenizer with characters or words that were counted in a training text, special tokens first.
+        Args:
+            text: The text, or blocks of it that cut no token.
+            unit: What one token is.
+            vocab_size: Number of byte-pair tokens, the 256 single bytes included; a short text gives fewer. Only for
+                `bpe`, which needs it.
 
         Raises:
-            ValueError: The unit is unknown, or a token is nothing that a text of that unit could hold.
+            ValueError: The unit is unknown.
         """
+        blocks = [text] if isinstance(text, str) else text
+        if unit == "bpe":
+            library = tokenizers.Tokenizer(models.BPE())
+            library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+            library.decoder = decoders.ByteLevel()  # pyright: ignore
+            trainer = trainers.BpeTrainer(
+                vocab_size=vocab_size or NUM_BYTES,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+            library.train_from_iterator((line for block in blocks for line in _lines(block)), trainer)
+            return cls._of_library(library)
+        counts: Counter[str] = Counter()
+        for block in blocks:
+            counts.update(split_tokens(block, unit))
         specials = _SPECIALS.get(unit, ())
         ordered = sorted(counts, key=lambda word: (-counts[word], word)) if unit == "word" else sorted(counts)
         return cls(unit=unit, tokens=(*specials, *(token for token in ordered if token not in specials)))
-
-    @classmethod
-    def train_byte_pairs(cls, blocks: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Return the tokenizer of at most `vocab_size` byte-pair tokens that suit a training text.
-
-        A text that is too short for so many gives fewer.
-
-        Args:
-            blocks: The text, in blocks.
-            vocab_size: Number of tokens, the 256 single bytes included.
-        """
-        library = _byte_pairs(models.BPE())
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        library.train_from_iterator(blocks, trainer)
-        content = json.loads(library.to_str())["model"]
-        tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
-        return cls(
-            unit="bpe", tokens=tuple(tokens), merges=tuple((first, second) for first, second in content["merges"])
-        )
 
     @property
     def unknown(self) -> int | None:
@@ -124,14 +126,15 @@ class Tokenizer:
         """Return the ids of a text's tokens, (N,) int64.
 
         Every newline of a text of words becomes `<eos>`; a last line without newline is left open, so that a prompt can
-        be continued. A literal `<eos>` among the words ends a line too.
+        be continued. A literal `<eos>` among the words ends a line too. Byte pairs never cross a line end.
         """
-        if self._byte_pairs is not None:
-            # In lines, which the library encodes twice as fast as one long text.
-            lines = self._byte_pairs.encode_batch_fast(text.splitlines(keepends=True), add_special_tokens=False)
+        if self._library is not None:
+            lines = self._library.encode_batch_fast(_lines(text), add_special_tokens=False)
             return torch.tensor([index for line in lines for index in line.ids], dtype=torch.int64)
-        look_up, unknown = self._ids.get, self._ids[UNKNOWN]
-        return torch.tensor([look_up(token, unknown) for token in split_tokens(text, self.unit)], dtype=torch.int64)
+        tokens = split_tokens(text, self.unit)
+        # Iterators of C code alone: a Python loop over the tokens takes twice as long.
+        ids = map(self._ids.get, tokens, repeat(self._ids[UNKNOWN]))
+        return torch.from_numpy(np.fromiter(ids, dtype=np.int64, count=len(tokens)))
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """Return the text of ids (N,): words joined by single blanks, `<eos>` as a newline.
@@ -147,8 +150,8 @@ class Tokenizer:
         for index in indices:
             if not 0 <= index < len(self.tokens):
                 raise ValueError(f"ids must lie in 0 .. {len(self.tokens) - 1}, got {index}")
-        if self._byte_pairs is not None:
-            return self._byte_pairs.decode(list(indices), skip_special_tokens=False)
+        if self._library is not None:
+            return self._library.decode(list(indices), skip_special_tokens=False)
         tokens = [self.tokens[index] for index in indices]
         if self.unit == "word":
             # No word holds whitespace, so these replacements change only what is next to <eos>.
@@ -178,18 +181,20 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON, under a temporary name that is then renamed.
 
+        Byte pairs are written in the format of the library `tokenizers`, which other programs read too.
+
         Raises:
             FileNotFoundError: The folder of `path` does not exist.
         """
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: create the folder {path.parent} first")
-        content = {"format": _FORMAT, "unit": self.unit, "tokens": self.tokens, "merges": self.merges}
-        write_atomically(path, json.dumps(content, indent=0))
+        content = {"format": _FORMAT, "level": self.unit, "tokens": self.tokens}
+        write_atomically(path, self.byte_pairs or json.dumps(content, indent=0))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Return the tokenizer that `save` wrote to `path`.
+        """Return the tokenizer that `save` wrote to `path`; the vocabularies of version 0.1 are read too.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -199,17 +204,24 @@ class Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; {hint}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
+            if isinstance(content, dict) and "model" in content:
+                return cls._of_library(tokenizers.Tokenizer.from_str(text))
             if not isinstance(content, dict) or content.get("format") != _FORMAT:
                 raise ValueError(f"it is not of the format {_FORMAT!r}")
-            tokens, merges = content.get("tokens"), content.get("merges")
+            tokens = content.get("tokens")
             if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
                 raise ValueError("its tokens are not a list of strings")
-            pairs = tuple((str(first), str(second)) for first, second in merges or ())
-            return cls(unit=content.get("unit", ""), tokens=tuple(tokens), merges=pairs)
-        # Deep nesting exhausts the parser's stack; the library raises bare exceptions at merges of unknown tokens.
+            return cls(unit=content.get("level", ""), tokens=tuple(tokens))
+        # Deep nesting exhausts the parser's stack; the library raises bare exceptions at damaged models.
         except Exception as error:
             raise ValueError(f"{path} is damaged ({error}); {hint}") from error
+
+    @classmethod
+    def _of_library(cls, library: tokenizers.Tokenizer) -> "Tokenizer":
+        vocab = library.get_vocab()
+        return cls(unit="bpe", tokens=tuple(sorted(vocab, key=vocab.__getitem__)), byte_pairs=library.to_str())
 
     def __len__(self) -> int:
         """Return V, special tokens included."""
@@ -225,8 +237,7 @@ def split_tokens(text: str, unit: Unit) -> Sequence[str]:
     return text.replace("\n", f" {END_OF_LINE} ").split() if unit == "word" else text
 
 
-def _byte_pairs(model: models.BPE) -> tokenizers.Tokenizer:
-    library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    library.decoder = decoders.ByteLevel()  # pyright: ignore
-    return library
+def _lines(text: str) -> list[str]:
+    # Byte pairs are counted and encoded by line: the library encodes many short texts faster than one long text, and
+    # then the ids of a long text do not depend on the blocks in which it is read.
+    return text.splitlines(keepends=True)

@@ -73,8 +73,8 @@ class EquilibriumConfig:
     def _problems(self) -> list[str]:
         rules = (
             ("pretrain_fraction", 0.0 <= self.pretrain_fraction < 1.0, "must lie in [0, 1)"),
-            ("pretrain_depth", self.pretrain_depth >= 1, "must be >= 1"),
-            ("piece_len", self.piece_len is None or self.piece_len >= 1, "must be >= 1"),
+            ("pretrain_depth", self.pretrain_depth >= 1, "must be a whole number >= 1"),
+            ("piece_len", self.piece_len is None or self.piece_len >= 1, "must be a whole number >= 1"),
             ("jacobian_weight", 0.0 <= self.jacobian_weight < math.inf, "must be >= 0 and finite"),
             ("jacobian_fraction", 0.0 < self.jacobian_fraction <= 1.0, "must lie in (0, 1]"),
         )
@@ -113,7 +113,8 @@ class EquilibriumConfig:
         if step < first:
             depth = self.pretrain_depth * factor_at(self.pretrain_depth_schedule, step, 0, first, validations)
             return Stack(depth=_rounded_up(depth))
-        solver, backward_solver = self.with_defaults().solver, self.with_defaults().backward_solver
+        complete = self.with_defaults()
+        solver, backward_solver = complete.solver, complete.backward_solver
         assert solver is not None
         assert backward_solver is not None
         if self.tolerance_schedule is not None:
@@ -173,7 +174,7 @@ class OptimizerConfig:
         rules = (
             ("lr", 0.0 < self.lr < math.inf, "must be > 0 and finite"),
             ("betas", all(0.0 <= beta < 1.0 for beta in self.betas), "must lie in [0, 1)"),
-            ("lr_warmup_steps", self.lr_warmup_steps >= 0, "must be >= 0"),
+            ("lr_warmup_steps", self.lr_warmup_steps >= 0, "must be a whole number >= 0"),
             ("weight_decay", 0.0 <= self.weight_decay < math.inf, "must be >= 0 and finite"),
             ("max_gradient_norm", self.max_gradient_norm > 0.0, "must be > 0"),
         )
@@ -239,12 +240,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "segment_len", "eval_batch_size", "eval_every", "checkpoint_every")
-        counts += ("log_every", "keep_checkpoints", "accumulate")
-        problems = [f"{name}={getattr(self, name)!r} must be >= 1" for name in counts if getattr(self, name) < 1]
+        counts += ("log_every", "keep_checkpoints", "accumulate", "eval_segment_len")
+        values = {name: getattr(self, name) for name in counts}
+        problems = [
+            f"{name}={value!r} must be a whole number >= 1"
+            for name, value in values.items()
+            if value is not None and value < 1
+        ]
         if self.batch_size % max(1, self.accumulate):
             problems.append(f"batch_size={self.batch_size!r} must be a multiple of accumulate={self.accumulate!r}")
-        if self.eval_segment_len is not None and self.eval_segment_len < 1:
-            problems.append(f"eval_segment_len={self.eval_segment_len!r} must be >= 1")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed={self.seed!r} must lie in [0, 2^63)")
         _raise("train", problems)

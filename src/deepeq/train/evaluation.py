@@ -208,7 +208,7 @@ class EvaluationOptions:
         for name, least in (("batch_size", 1), ("segment_len", 1), ("memory_len", 0), ("piece_len", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                problems.append(f"{name}={value!r} must be >= {least}")
+                problems.append(f"{name}={value!r} must be a whole number >= {least}")
         if self.device == "cuda" and not torch.cuda.is_available():
             problems.append("device='cuda' finds no CUDA device; use 'auto' or 'cpu'")
         if problems:

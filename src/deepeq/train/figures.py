@@ -11,6 +11,7 @@ from torch import Tensor
 from deepeq.deq import Equilibrium, Pieces
 from deepeq.models import TiedNetwork
 from deepeq.solvers import FixedPointIteration
+from deepeq.train.config import RunConfig
 from deepeq.train.logging import read_metrics
 from deepeq.train.pretrained import CONFIG, TrainedModel, open_model
 from deepeq.train.recipe import RunFolder, load_config
@@ -19,12 +20,8 @@ _LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity
 _CONVERGENCE_STEPS = 60
 
 
-def plot_run(path: Path, trained: TrainedModel | None = None) -> list[Path]:
+def plot_run(path: Path) -> list[Path]:
     """Draw the figures of a run folder into its `figures/`, and return their paths.
-
-    Args:
-        path: The run folder.
-        trained: Its best model, if it is open already.
 
     Raises:
         FileNotFoundError: The folder holds no run.
@@ -34,18 +31,31 @@ def plot_run(path: Path, trained: TrainedModel | None = None) -> list[Path]:
     rows = read_metrics(folder.metrics)
     if not any(row["split"] == "train" for row in rows):
         raise ValueError(f"{folder.metrics} holds no row of training yet; train for at least train.log_every steps")
-    folder.figures.mkdir(exist_ok=True)
-    figures = {"loss": _loss(rows)}
-    if trained is None and (folder.best / CONFIG).is_file():
-        trained = open_model(path)
+    trained = open_model(path) if (folder.best / CONFIG).is_file() else None
     config = load_config(folder.config, complete=True) if trained is None else trained.config
+    return draw_figures(folder.figures, rows, config, trained)
+
+
+def draw_figures(
+    folder: Path, rows: list[dict[str, Any]], config: RunConfig, trained: TrainedModel | None = None
+) -> list[Path]:
+    """Draw the figures of a run, and return their paths.
+
+    Args:
+        folder: Where the figures go.
+        rows: What was measured: the rows of `metrics.jsonl`.
+        config: The run.
+        trained: Its best model; None if it has none yet.
+    """
+    folder.mkdir(exist_ok=True)
+    figures = {"loss": _loss(rows)}
     if config.model.depth == 0:
         figures["steps"] = _steps(rows)
         if trained is not None:
             figures["convergence"] = _convergence(*_residuals(trained))
     written = []
     for name, figure in figures.items():
-        written.append(folder.figures / f"{name}.png")
+        written.append(folder / f"{name}.png")
         figure.savefig(written[-1], dpi=120)
     return written
 

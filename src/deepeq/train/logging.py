@@ -56,28 +56,25 @@ class MetricsFile(Logger):
         self._path = path
         rows = read_metrics(path) if path.exists() and step else []
         self.rows = [row for row in rows if row["step"] <= step and row["split"] != "test"]
-        """The rows of training and validation so far."""
+        """The rows so far."""
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @property
     def name(self) -> str:
-        """Name of the logger."""
         return "metrics"
 
     @property
     def version(self) -> str:
-        """There is one version."""
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: hyper-parameters are in `config.yaml`."""
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append a row of values named `SPLIT/NAME`."""
+        """Append a row of values, which are all named `SPLIT/NAME`."""
         split = next(iter(metrics)).partition("/")[0]
         row = {"split": split, "step": step} | {name.partition("/")[2]: value for name, value in metrics.items()}
-        if split != "test":
-            self.rows.append(row)
+        self.rows.append(row)
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")

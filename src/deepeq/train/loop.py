@@ -10,13 +10,13 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 
-from deepeq.data import SPLITS, Batches, Split, load_corpus
+from deepeq.data import SPLITS, Batches, DataSource, Split
 from deepeq.models import LanguageModel
 from deepeq.train.checkpoint import Checkpoint, SavedCheckpoint, random_states, save_checkpoint, set_random_states
 from deepeq.train.config import RunConfig
 from deepeq.train.distributed import any_process, peak_memory_mb, stop_on_signal
 from deepeq.train.evaluation import Averages, evaluate, measure_spectral_radius, quality_metrics
-from deepeq.train.logging import Display, MetricsFile, describe, diagnostics, preparation
+from deepeq.train.logging import Display, MetricsFile, describe, diagnostics
 from deepeq.train.pretrained import TrainedModel, save_model
 from deepeq.train.recipe import RunFolder, load_config, save_config, to_plain
 from deepeq.train.step import Step
@@ -43,16 +43,17 @@ class Trainer:
     Args:
         config: The run.
         folder: The folder that it writes to.
+        corpus: The data of the configuration.
         fabric: The processes that it runs in.
+
+    Raises:
+        ValueError: The data does not fit the batch sizes or the number of processes.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, fabric: Fabric) -> None:
-        self.config, self.folder, self.fabric = config, folder, fabric
+    def __init__(self, config: RunConfig, folder: RunFolder, corpus: DataSource, fabric: Fabric) -> None:
+        self.config, self.folder, self.corpus, self.fabric = config, folder, corpus, fabric
         torch.manual_seed(config.train.seed)
-        # One process prepares the text, the others find it prepared.
-        with preparation() as progress, fabric.rank_zero_first():
-            self.corpus = load_corpus(config.data, progress=progress)
-        self.model = LanguageModel(self.corpus.vocab_size, config.model)
+        self.model = LanguageModel(corpus.vocab_size, config.model)
         if config.train.precision == "64-true":
             self.model.double()
         self.averages = Averages(fabric)
@@ -145,6 +146,11 @@ class Trainer:
         return batches
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` so far, in the process that writes them."""
+        return next((logger.rows for logger in self.loggers if isinstance(logger, MetricsFile)), [])
+
+    @property
     def trained(self) -> TrainedModel:
         """The model as it is now, with what it needs to predict."""
         config, corpus = self.config, self.corpus
@@ -219,9 +225,8 @@ class Trainer:
         for logger in self.loggers:
             if split != "test" or isinstance(logger, MetricsFile):  # the test text makes no curve
                 logger.log_metrics(row, self.step)
-            if split != "test" and isinstance(logger, MetricsFile):
-                for sentence in diagnostics(logger.rows):
-                    self.display.say(f"WARNING: {sentence}")
+        for sentence in diagnostics(self.rows):
+            self.display.say(f"WARNING: {sentence}")
 
     def _save(self) -> None:
         progress = {

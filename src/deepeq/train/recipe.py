@@ -78,10 +78,11 @@ def load_config(path: Path, *, complete: bool = False) -> RunConfig:
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} the folder of a run?")
     parser = recipe_parser()
     try:
-        config = run_config(parser.instantiate(parser.parse_args(["--config", str(path.absolute())])))
+        text = path.read_text(encoding="utf-8")
+        config = run_config(parser.instantiate(parser.parse_string(text)))
     except Exception as error:  # the parsing library raises many kinds; all mean that the file is at fault
         raise ValueError(f"{path} is not the configuration of a run: {short_error(str(error))}") from error
-    missing = [part.name for part in fields(RunConfig) if part.name not in (yaml.safe_load(path.read_text()) or {})]
+    missing = [part.name for part in fields(RunConfig) if part.name not in (yaml.safe_load(text) or {})]
     if complete and missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return config

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from deepeq.data import CopyMemory, copy_memory_baseline, unigram_bits
+from deepeq.data import CopyMemory, copy_memory_baseline, load_corpus, unigram_bits
 from deepeq.files import write_atomically
 from deepeq.models import generate
 from deepeq.train.checkpoint import SavedCheckpoint
 from deepeq.train.config import RunConfig
 from deepeq.train.distributed import flushed_denormals, is_sharded, make_fabric, peak_memory_mb
-from deepeq.train.figures import plot_run
-from deepeq.train.logging import open_loggers, read_metrics
+from deepeq.train.figures import draw_figures
+from deepeq.train.logging import open_loggers, preparation
 from deepeq.train.loop import Trainer
 from deepeq.train.pretrained import TrainedModel, load_weights, open_model
 from deepeq.train.recipe import Resume, RunFolder
@@ -50,7 +50,10 @@ def train(config: RunConfig, *, resume: Resume = "no", sample: bool = True) -> d
                 folder.remove_temporary()
             path, last = fabric.broadcast((str(folder.path), folder.last) if folder is not None else ("", None))
             config, folder = replace(config, run=replace(config.run, dir=path)), RunFolder(Path(path))
-            trainer = Trainer(config, folder, fabric)
+            # One process prepares the data, and the others find it prepared.
+            with preparation() as progress, fabric.rank_zero_first():
+                corpus = load_corpus(config.data, progress=progress)
+            trainer = Trainer(config, folder, corpus, fabric)
             if last is not None:
                 trainer.restore(_opened(folder, last))
             writes = open_loggers(config, folder.path, trainer.step) if fabric.is_global_zero else nullcontext([])
@@ -80,12 +83,14 @@ def _finish(trainer: Trainer, *, sample: bool) -> dict[str, Any] | None:
     if not trainer.fabric.is_global_zero:
         return None
     result = _result(trainer, test)
-    rows = [row for row in read_metrics(folder.metrics) if row["split"] == "valid"]
-    write_card(folder.best, trainer.trained, valid=min(rows, key=lambda row: row["nll"]), test=test, result=result)
+    validations = [row for row in trainer.rows if row["split"] == "valid"]
+    if validations:  # unless somebody deleted the metrics of a finished run
+        valid = min(validations, key=lambda row: row["nll"])
+        write_card(folder.best, trainer.trained, valid=valid, test=test, result=result)
     if sample:
         trained = open_model(folder.path) if is_sharded(trainer.model) else trainer.trained
         _write_sample(trainer, trained)
-        plot_run(folder.path, trained)
+        draw_figures(folder.figures, trainer.rows, trainer.config, trained)
     write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}
     trainer.display.table(f"{trainer.corpus.name}: result", shown)

@@ -40,7 +40,6 @@ class Constant(Schedule):
     """No change."""
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """Return the factor at a fraction of the steps."""
         return 1.0
 
 
@@ -57,7 +56,6 @@ class Linear(Schedule):
         return _not_in_range(self, "start") + _not_in_range(self, "end")
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """Return the factor at a fraction of the steps."""
         return (1.0 - progress) * self.start + progress * self.end  # exact at both ends
 
 
@@ -74,7 +72,6 @@ class Geometric(Schedule):
         return _not_in_range(self, "start", positive=True) + _not_in_range(self, "end", positive=True)
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """Return the factor at a fraction of the steps."""
         return self.start ** (1.0 - progress) * self.end**progress  # exact at both ends
 
 
@@ -91,7 +88,6 @@ class Cosine(Schedule):
         return _not_in_range(self, "start") + _not_in_range(self, "end")
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """Return the factor at a fraction of the steps."""
         return self.end + (self.start - self.end) * (0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
@@ -108,7 +104,6 @@ class Drops(Schedule):
         return _not_fractions(self) + _not_in_range(self, "multiplier", positive=True)
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """Return the factor at a fraction of the steps."""
         return self.multiplier ** sum(progress >= fraction for fraction in self.at)
 
 
@@ -130,7 +125,6 @@ class Plateau(Schedule):
         return problems + _not_in_range(self, "min_improvement")
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """Return the factor at a fraction of the steps, after the validations so far."""
         best, stalled, times = math.inf, 0, 0
         for loss in validations:
             if loss < best - self.min_improvement:
@@ -162,7 +156,6 @@ class NonMonotone(Schedule):
         return _not_decreasing(self) + _not_count(self, "interval") + _not_fractions(self)
 
     def factor(self, progress: float, validations: Sequence[float] = ()) -> float:
-        """Return the factor at a fraction of the steps, after the validations so far."""
         best, times = math.inf, sum(progress >= fraction for fraction in self.at)
         for before, loss in zip(validations, validations[self.interval + 1 :], strict=False):
             best = min(best, before)

@@ -74,8 +74,6 @@ class Step:
         self._forward = fabric.setup_module(model)
         # After the setup, which may replace the parameters by shards.
         self.optimizer = make_optimizer(model, config.optimizer)
-        # Any: the annotation of Fabric's method allows a tuple, which one optimizer does not give.
-        self._fabric_optimizer: Any = fabric.setup_optimizers(self.optimizer)
 
     @property
     def memory(self) -> Any:
@@ -113,7 +111,7 @@ class Step:
         if position == 0 or not self._parts[0].continuous:
             self._memories = [None] * self._count
         self._model.train()
-        self._fabric_optimizer.zero_grad()
+        self.optimizer.zero_grad()
         for index, batches in enumerate(self._parts):
             tokens, targets = (ids.to(self._fabric.device) for ids in batches.segment(position, epoch=epoch))
             # Gradients travel between processes once, with the last part.
@@ -124,7 +122,7 @@ class Step:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not bool(torch.isfinite(norm)):
             raise self._error(step, f"the norm of the gradient is {float(norm)}")
-        self._fabric_optimizer.step()
+        self.optimizer.step()
         self._averages.add("gradient_norm", norm, num_rows)
         return num_tokens * self._fabric.world_size
 

@@ -1,7 +1,6 @@
 """A model in numbers: what a configuration costs, counted without allocating it, and the card of a trained model."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepeq import __version__
 from deepeq.cell import prepare
-from deepeq.data import DataConfig, corpus_title, known_vocab_size, load_corpus
+from deepeq.data import corpus_title, known_vocab_size, load_corpus
 from deepeq.files import write_atomically
 from deepeq.models import LanguageModel, RecurrentConfig, TCNConfig, TiedNetwork, TransformerConfig, TrellisConfig
 from deepeq.train.config import RunConfig
@@ -28,33 +27,49 @@ _METRICS = {
     "bits_per_byte": "bits per byte",
     "loss": "loss in nats per position",
 }
+_SOLVES = {
+    "forward_steps": "steps per solve",
+    "forward_residual": "worst residual",
+    "forward_unconverged": "fraction unconverged",
+}
+_RESULT = {
+    "num_steps": "optimizer steps",
+    "train_seconds": "seconds",
+    "peak_memory_mb": "peak memory in MiB",
+    "num_threads": "threads",
+    "seed": "seed",
+    "device": "device",
+    "torch_version": "torch",
+}
 _TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ title }}
 
-{{ introduction }}
+It predicts the next {{ unit }}.
+{%- if config.model.depth %} It is one of the explicit networks that {{ paper }} compares with.
+{%- else %} Its hidden states are the equilibrium `z* = f(z*, x)` of one layer ({{ paper }}), which
+`{{ config.equilibrium.eval_solver }}` finds
+{%- if config.equilibrium.piece_len %} in pieces of at most {{ config.equilibrium.piece_len }} positions{% endif %}.
+{%- endif %} It was trained with deepeq {{ version }}.
 
-## Sizes
-
-| | |
-|---|---|
-{% for name, value in sizes.items() %}| {{ name }} | {{ value }} |
-{% endfor %}
 ## Quality
 
-| text | {{ columns | join(" | ") }} |
+| text | {{ columns.values() | join(" | ") }} |
 |---|{{ "---|" * (columns | length) }}
-{% for name, values in quality.items() %}| {{ name }} | {{ values | join(" | ") }} |
+{% for split, row in rows.items() %}| {{ split }} |{% for name in columns %} {{ shown(row[name]) }} |{% endfor %}
 {% endfor %}
-{{ baseline }}Read in {{ config.train.eval_batch_size }} streams, in segments of {{ config.eval_segment_len }} tokens.
+{% if baseline is not none -%}
+On the test text, {{ guess }} has {{ shown(baseline) }}.
+{% endif -%}
+Read in {{ config.train.eval_batch_size }} streams, in segments of {{ config.eval_segment_len }} tokens.
 
-## Training
+## Model and training
 
 | | |
 |---|---|
-{% for name, value in training.items() %}| {{ name }} | {{ value }} |
+{% for name, value in facts.items() %}| {{ name }} | {{ shown(value) }} |
 {% endfor %}
 Not recorded: license, languages and intended use.
 
@@ -64,7 +79,11 @@ Not recorded: license, languages and intended use.
 from deepeq.train import PretrainedModel
 
 model = PretrainedModel.from_pretrained("FOLDER")  # or the name of a repository
-{{ call }}
+{% if trained.unit == "symbol" -%}
+model(tokens).logits  # of the symbol after each of tokens (B, T)
+{%- else -%}
+print(model.generate("The ", num_tokens=100, temperature=0.8))
+{%- endif %}
 ```
 """
 
@@ -127,64 +146,67 @@ def write_card(
         result: The result of the run; None if it has not ended.
     """
     config, test, result = trained.config, test or {}, result or {}
-    metrics = [name for name in _METRICS if name in valid]
-    columns = {name: _METRICS[name] for name in metrics} | {"num_tokens": "tokens"}
-    if not config.model.depth:
-        columns |= {
-            "forward_steps": "steps per solve",
-            "forward_residual": "worst residual",
-            "forward_unconverged": "fraction unconverged",
-        }
-    own, title = _corpus(trained.data)
-    evaluated = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="own" if own or trained.data is None else trained.data.corpus,
-            dataset_name=title,
-            dataset_split="test",
-            metric_type=name,
-            metric_name=_METRICS[name],
-            metric_value=test[name],
-        )
-        for name in metrics[:1]
-        if name in test
-    ]
+    columns = {name: label for name, label in _METRICS.items() if name in valid} | {"num_tokens": "tokens"}
+    metric = next(iter(columns))
+    unit = "byte-pair token" if trained.unit == "bpe" else trained.unit
+    facts = {
+        "parameters": trained.model.num_params,
+        "of these, in the network": trained.model.num_params_non_embedding,
+        "vocabulary": f"{trained.vocab_size:,} {unit}s",
+        "layer": f"`{config.model.layer}`",
+        "data": _dataset(trained)[1],
+    }
     card = ModelCard.from_template(
-        ModelCardData(
-            library_name="deepeq",
-            pipeline_tag=None if trained.unit == "symbol" else "text-generation",
-            # The hub finds models of its mixin by the last two.
-            tags=[
-                "explicit-network" if config.model.depth else "deep-equilibrium-model",
-                "model_hub_mixin",
-                "pytorch_model_hub_mixin",
-            ],
-            model_name=_title(config),
-            eval_results=evaluated or None,
-        ),
+        _card_data(trained, metric, test.get(metric)),
         template_str=_TEMPLATE,
         title=_title(config),
-        introduction=_introduction(trained),
+        trained=trained,
+        unit=unit,
         config=config,
-        sizes={
-            "parameters": f"{trained.model.num_params:,}",
-            "of these, in the network": f"{trained.model.num_params_non_embedding:,}",
-            "vocabulary": f"{trained.vocab_size:,} {trained.unit} tokens",
-            "layer": f"`{config.model.layer}`",
-        },
-        columns=list(columns.values()),
-        quality={
-            split: [_shown(row.get(name)) for name in columns] for split, row in (("validation", valid), ("test", test))
-        },
-        baseline=_baseline(trained, metrics[0], result),
-        training={"data": title} | _training(result),
-        call=(
-            "model(tokens).logits  # of the symbol after each of tokens (B, T)"
-            if trained.unit == "symbol"
-            else 'print(model.generate("The ", num_tokens=100, temperature=0.8))'
-        ),
+        paper="[Bai, Kolter, Koltun, NeurIPS 2019](https://arxiv.org/abs/1909.01377)",
+        version=__version__,
+        columns=columns if config.model.depth else columns | _SOLVES,
+        rows={"validation": valid, "test": test},
+        baseline=result.get(f"baseline_{metric}"),
+        guess="guessing without memory" if trained.unit == "symbol" else "a unigram model",
+        facts=facts | {label: result.get(name) for name, label in _RESULT.items()},
+        shown=_shown,
     )
     write_atomically(folder / CARD, str(card))
+
+
+def _card_data(trained: TrainedModel, metric: str, value: float | None) -> ModelCardData:
+    """Return what the hub reads of a card."""
+    kind, name = _dataset(trained)
+    evaluated = EvalResult(
+        task_type="text-generation",
+        dataset_type=kind,
+        dataset_name=name,
+        dataset_split="test",
+        metric_type=metric,
+        metric_name=_METRICS[metric],
+        metric_value=value,
+    )
+    network = "explicit-network" if trained.config.model.depth else "deep-equilibrium-model"
+    return ModelCardData(
+        library_name="deepeq",
+        pipeline_tag=None if trained.unit == "symbol" else "text-generation",
+        tags=[
+            network,
+            "model_hub_mixin",
+            "pytorch_model_hub_mixin",
+        ],  # the hub finds models of its mixin by two of them
+        model_name=_title(trained.config),
+        eval_results=None if value is None else [evaluated],
+    )
+
+
+def _dataset(trained: TrainedModel) -> tuple[str, str]:
+    """Return the type and the name of the data; of a text that only its owner has, they tell nothing."""
+    data = trained.data
+    if data is None or data.files or data.corpus == "folder":
+        return "own", "text of its owner"
+    return data.corpus, corpus_title(data)
 
 
 def _title(config: RunConfig) -> str:
@@ -196,54 +218,12 @@ def _title(config: RunConfig) -> str:
     return f"{name} language model of {depth} {tied}layer{'s' * (depth > 1)}"
 
 
-def _introduction(trained: TrainedModel) -> str:
-    paper = "[Bai, Kolter, Koltun, NeurIPS 2019](https://arxiv.org/abs/1909.01377)"
-    what, equilibrium = f"It predicts the next {trained.unit}.", trained.config.equilibrium
-    if trained.config.model.depth:
-        return (
-            f"{what} It is one of the explicit networks that {paper} compares with, trained with deepeq {__version__}."
-        )
-    pieces = f", in pieces of at most {equilibrium.piece_len} positions" if equilibrium.piece_len else ""
-    return (
-        f"{what} Its hidden states are the equilibrium `z* = f(z*, x)` of one layer ({paper}), which "
-        f"`{equilibrium.eval_solver}` finds{pieces}. It was trained with deepeq {__version__}."
-    )
-
-
-def _baseline(trained: TrainedModel, metric: str, result: dict[str, Any]) -> str:
-    value = result.get(f"baseline_{metric}")
-    if value is None:
-        return ""
-    what = "guessing without memory" if trained.unit == "symbol" else "a unigram model"
-    return f"On the test text, {what} has {_METRICS[metric]} {_shown(value)}. "
-
-
-def _training(result: dict[str, Any]) -> dict[str, str]:
-    labels = {
-        "num_steps": "optimizer steps",
-        "train_seconds": "seconds",
-        "peak_memory_mb": "peak memory in MiB",
-        "num_threads": "threads",
-        "seed": "seed",
-    }
-    rows = {label: _shown(result.get(name)) for name, label in labels.items()}
-    for name, label in (("device", "device"), ("torch_version", "torch")):
-        known = re.fullmatch(r"[\w.+:-]+", str(result.get(name, "")))
-        rows[label] = str(result[name]) if known else "not recorded"
-    return rows
-
-
-def _corpus(data: DataConfig | None) -> tuple[bool, str]:
-    """Return whether the text is its owner's, about which nothing is told, and the title of a corpus."""
-    if data is None or data.files or data.corpus == "folder":
-        return True, "text of its owner"
-    return False, corpus_title(data)
-
-
 def _shown(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return "not recorded"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else "not recorded"
 
 
 @torch.no_grad()

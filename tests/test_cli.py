@@ -1,15 +1,21 @@
-"""The command `deepeq generate`: what it prints, and the mistakes that it names."""
+"""The command `deepeq`: what its commands print, and the mistakes that they name."""
 
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepeq.cli import main
+from deepeq.train import FolderConfig, RunFolder, load_config, open_model, train
+from deepeq.train.pretrained import save_model
 
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 60
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 30
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,8 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 "init_args: {d_model: 16, num_heads: 2, d_inner: 32, memory_len: 8}}}\n"
                 "train: {steps: 2, batch_size: 4, segment_len: 8, eval_batch_size: 2, accelerator: cpu}\n"
             )
-            assert main(["train", "--config", str(path / "recipe.yaml"), "--run.dir", str(path / "run")]) == 0
+            config = load_config(path / "recipe.yaml")
+            train(replace(config, run=FolderConfig(dir=str(path / "run"))), sample=False)
             made[unit] = path / "run"
         return made[unit]
 
@@ -93,3 +100,43 @@ def test_generate_refuses_mistakes_in_one_sentence(
     assert captured.out == ""
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_eval_agrees_with_the_result_of_training(
+    make_run: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = make_run("character")
+    capsys.readouterr()
+    assert main(["eval", "--run", str(finished), "--split", "test"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    result = json.loads((finished / "result.json").read_text())
+    assert values["bits_per_character"] == pytest.approx(result["test_bits_per_character"], rel=1e-6)
+    assert values["num_tokens"] == result["test_num_tokens"]
+    assert main(["eval", "--run", str(finished), "--split", "valid", "--batch_size", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["split"] == "valid"
+
+
+@pytest.mark.parametrize("command", ["eval", "plot", "generate"])
+def test_folder_without_a_run_exits_with_2_and_one_sentence(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--prompt", "a"] if command == "generate" else []
+    assert main([command, "--run", str(tmp_path / "nowhere"), *extra]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert "nowhere" in captured.err
+
+
+def test_damaged_parameters_fail_the_command_with_one_sentence(
+    make_run: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = RunFolder(Path(shutil.copytree(make_run("character"), tmp_path / "run")))
+    trained = open_model(folder.path)
+    with torch.no_grad():
+        trained.model.embedding.tables[0].fill_(math.nan)
+    save_model(folder.best, trained)
+    capsys.readouterr()
+    for command in (["eval"], ["generate", "--prompt", "a"]):
+        assert main([*command, "--run", str(folder.path)]) == 1
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
