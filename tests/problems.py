@@ -1,7 +1,7 @@
 """Fixed points with known answers, and small helpers to look inside a solve.
 
-A new problem joins by one line in `PROBLEMS` and a new solver by one line in `SOLVERS`; the tests run each solver on each
-problem.
+A new problem joins by one line in `PROBLEMS` and a new solver by one line in `SOLVERS`.
+The tests run each solver on each problem.
 """
 
 from collections.abc import Callable

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     return [block for name, block in fenced if name == language]
 
 
@@ -30,8 +30,7 @@ def test_example_runs_and_gives_a_converged_equilibrium_with_gradients() -> None
 def test_commands_of_the_guides_parse(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    fenced = re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    commands = [line for block in fenced for line in block.splitlines() if line.startswith("deepeq ")]
+    commands = [line for block in blocks("", text) for line in block.splitlines() if line.startswith("deepeq ")]
     assert commands
     for command in commands:
         command = command.replace("--config RECIPE", "--config recipes/quickstart.yaml")
@@ -48,10 +47,9 @@ def test_make_targets_exist() -> None:
 
 
 def test_file_tree_of_the_contributors_matches_the_disk() -> None:
-    (tree,) = re.findall(
-        r"^```\n(src/deepeq/\n.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL | re.M
-    )
-    named = set(re.findall(r"(?<!\S)(\w+(?:\.py|/))(?=\s)", tree)) - {"src/deepeq/"}
+    blocks_there = blocks("", (ROOT / "CONTRIBUTING.md").read_text())
+    (tree,) = [block for block in blocks_there if block.startswith("src/deepeq/")]
+    named = set(re.findall(r"(?<!\S)(\w+(?:\.py|/))(?=\s)", tree))
     inside = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "src" / "deepeq").iterdir()}
     assert named == inside - {"__init__.py", "__main__.py", "__pycache__/", "py.typed"}
 
