@@ -1,7 +1,6 @@
 """Fixed points with known answers, and small helpers to look inside a solve.
 
-A new problem joins by one line in `PROBLEMS` and a new solver by one line in `SOLVERS`.
-The tests run each solver on each problem.
+A new problem joins by one line in `PROBLEMS`; every solver of `test_solvers.py` meets it.
 """
 
 from collections.abc import Callable
@@ -10,21 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepeq import (
-    GMRES,
-    Adjoint,
-    Anderson,
-    BackpropAdjoint,
-    Broyden,
-    ConjugateGradient,
-    FixedPointIteration,
-    ImplicitAdjoint,
-    NeumannAdjoint,
-    PhantomAdjoint,
-    Solution,
-    Solver,
-    fixed_point,
-)
+from deepeq import Solution, fixed_point
 
 Map = Callable[[Tensor], Tensor]
 
@@ -162,125 +147,3 @@ PROBLEMS: dict[str, Callable[[torch.dtype], Problem]] = {
     ),
     "one_hard_sample": _one_hard_sample,
 }
-
-
-# One line per solver: how it is built, and which problems it has to solve.
-SOLVERS: dict[str, tuple[Callable[..., Solver], Callable[[Problem], bool]]] = {
-    "fixed_point_iteration": (FixedPointIteration, lambda p: p.contraction < 1),
-    "damped_iteration": (lambda **k: FixedPointIteration(damping=0.3, **k), lambda p: p.contraction < 1),
-    "anderson": (Anderson, lambda p: True),
-    "damped_anderson": (lambda **k: Anderson(damping=0.2, **k), lambda p: True),
-    "broyden": (Broyden, lambda p: True),
-    "damped_broyden": (lambda **k: Broyden(damping=0.2, **k), lambda p: True),
-    "broyden_line_search": (lambda **k: Broyden(line_search_steps=3, **k), lambda p: True),
-    "broyden_window_5": (lambda **k: Broyden(history_size=5, **k), lambda p: p.contraction < 1),
-    "gmres": (GMRES, lambda p: p.affine),
-    "gmres_restart_4": (lambda **k: GMRES(restart=4, **k), lambda p: p.affine),
-    "conjugate_gradient": (ConjugateGradient, lambda p: p.definite),
-}
-RTOL = {torch.float32: 1e-4, torch.float64: 1e-9}
-
-
-def build(solver_name: str, **fields) -> Solver:
-    return SOLVERS[solver_name][0](**fields)
-
-
-def points_of(f: Map, z0: Tensor, solver: Solver) -> list[Tensor]:
-    """The points that a search evaluates."""
-    recorder = Recorder(f)
-    with torch.no_grad():
-        solve(recorder, z0, solver=solver, verify=False)
-    return recorder.points
-
-
-def sample_of(problem: Problem, i: int) -> Map:
-    """The map of one sample, with the others at zero."""
-
-    def f(z):
-        batch = torch.zeros_like(problem.z0)
-        batch[i] = z
-        return problem.f(batch)[i]
-
-    return f
-
-
-# One line per way to differentiate.
-ADJOINTS: dict[str, Adjoint] = {
-    "implicit": ImplicitAdjoint(),
-    "implicit_checkpoint": ImplicitAdjoint(checkpoint=True),
-    "implicit_twice": ImplicitAdjoint(twice_differentiable=True),
-    "phantom": PhantomAdjoint(),
-    "neumann": NeumannAdjoint(terms=3),
-    "backprop": BackpropAdjoint(),
-}
-EXACT = Broyden(rtol=1e-13, max_steps=200)
-EXACT_BACKWARD = GMRES(rtol=1e-13)
-IMPLICIT = ImplicitAdjoint(solver=EXACT_BACKWARD)
-
-
-class Contraction:
-    """`f(z) = tanh(z W^T + x U^T + b)` of `size` components; `leaves` are all that wants a gradient."""
-
-    def __init__(
-        self, dtype: torch.dtype = torch.float64, batch_size: int = 3, gain: float = 0.8, size: int = 4
-    ) -> None:
-        g = torch.Generator().manual_seed(8)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-        self.w = (gain * torch.linalg.qr(normal(size, size))[0]).to(dtype).requires_grad_()
-        self.u = (0.5 * normal(size, 2)).to(dtype).requires_grad_()
-        self.b = (0.1 * normal(size)).to(dtype).requires_grad_()
-        self.x = normal(batch_size, 2).to(dtype).requires_grad_()
-        self.z0 = torch.zeros(batch_size, size, dtype=dtype)
-        self.weights = normal(batch_size, size).to(dtype)  # of the loss
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.w, self.u, self.b, self.x]
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return torch.tanh(z @ self.w.T + self.x @ self.u.T + self.b)
-
-    def loss(self, z: Tensor) -> Tensor:
-        return (self.weights * z).sum() + 0.5 * z.square().sum()
-
-    def exact(self) -> Tensor:
-        """The equilibrium to rounding."""
-        z = self.z0
-        with torch.no_grad():
-            for _ in range(300):
-                z = self(z)
-        return z
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """`(I - J)` as one `(B N, B N)` matrix, and `dl/dz*` as a vector, at the exact equilibrium."""
-        z = self.exact()
-        size = z.numel()
-        jacobian = torch.autograd.functional.jacobian(self, z).reshape(size, size)
-        return torch.eye(size, dtype=z.dtype) - jacobian.detach(), (self.weights + z).reshape(-1)
-
-    def pull_back(self, u: Tensor) -> list[Tensor]:
-        """`u^T df/d(leaf)` at the exact equilibrium."""
-        return list(torch.autograd.grad(self(self.exact()), self.leaves, u.reshape(self.z0.shape)))
-
-    def closed_form(self) -> list[Tensor]:
-        a, v = self.dense()
-        return self.pull_back(torch.linalg.solve(a.T, v))
-
-    def gradients(self, **solve) -> list[Tensor]:
-        solution = fixed_point(self, self.z0, **{"solver": EXACT, **solve})
-        return list(torch.autograd.grad(self.loss(solution.value), self.leaves))
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float) -> None:
-    """Compare gradients, each relative to its own norm."""
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        assert (a - e).norm() <= rtol * e.norm(), (a, e)
-
-
-def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    a, e = (torch.cat([t.reshape(-1) for t in side]) for side in (actual, expected))
-    return ((a - e).norm() / e.norm()).item()
