@@ -119,7 +119,7 @@ def origin(command_line: str) -> dict[str, Any]:
         "command": command_line,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit or None,
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {threads} threads",
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {threads} thread{"s" * (threads != 1)}",
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -35,7 +35,7 @@ FILES = {
     "convergence": "2026-11-21_2-core-cpu_convergence/convergence.json",
     "copy_memory": "2026-11-21_2-core-cpu_copy_memory/copy_memory.json",
     "copy_memory_evaluations": "2026-11-26_2-core-cpu_copy_memory_evaluations/evaluations.json",
-    "data_pipeline": "2026-11-21_2-core-cpu_data_pipeline/data_pipeline.json",
+    "data_pipeline": "2026-11-26_2-core-cpu_data_pipeline/data_pipeline.json",
     "decode": "2026-11-21_2-core-cpu_decode/trained/decode.json",
     "memory": "2026-11-21_2-core-cpu_memory/memory.json",
     "ptb": "2026-11-21_2-core-cpu_ptb/ptb.json",
