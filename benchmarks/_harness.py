@@ -115,11 +115,12 @@ def origin(command_line: str) -> dict[str, Any]:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+    on_threads = "1 thread" if threads == 1 else f"{threads} threads"
     return {
         "command": command_line,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit or None,
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {threads} thread{"s" * (threads != 1)}",
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {on_threads}",
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
