@@ -37,7 +37,7 @@ def one_step(model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
 Saved = tuple[Path, LanguageModel, torch.optim.Optimizer]
 
 
-@pytest.fixture(params=["adamw", "sgd"])
+@pytest.fixture(params=["adamw", "muon", "sgd"])
 def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
     model = make_model()
     optimizer = make_optimizer(model, OptimizerConfig(name=request.param))
@@ -57,11 +57,11 @@ def files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_model_optimizer_memory_and_random_state_come_back(saved: Saved) -> None:
+def test_model_optimizer_memory_and_random_state_come_back(saved: Saved, request: pytest.FixtureRequest) -> None:
     path, model, optimizer = saved
     expected_random = torch.rand(3)
     other = make_model()
-    other_optimizer = make_optimizer(other, OptimizerConfig(name="sgd" if not optimizer.state else "adamw"))
+    other_optimizer = make_optimizer(other, OptimizerConfig(name=request.node.callspec.params["saved"]))
     checkpoint = SavedCheckpoint(path)
     assert checkpoint.progress == {"step": 1}
     progress, memory, random = checkpoint.restore(other, other_optimizer)

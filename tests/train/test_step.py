@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -33,9 +34,31 @@ def make_model() -> LanguageModel:
     return LanguageModel(7, ModelConfig(layer=TransformerConfig(d_model=8, num_heads=2, d_inner=8, weight_norm=True)))
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
+def test_muon_makes_steps_of_hidden_matrices_orthogonal_and_leaves_the_rest_to_adam() -> None:
+    model, twin = make_model(), make_model()
+    twin.load_state_dict(model.state_dict())
+    tokens = torch.arange(12).reshape(2, 6) % 7
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for each, rule in ((model, "muon"), (twin, "adamw")):
+        optimizer = make_optimizer(each, OptimizerConfig(name=rule, weight_decay=0.0))
+        each(tokens, None, tokens.roll(1)).nll.mean().backward()
+        optimizer.step()
+    change = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    # The Newton-Schulz iteration brings singular values near 1, not to 1.
+    spread = torch.linalg.svdvals(change["network.cell.inner.parametrizations.weight.original1"])
+    assert spread.min() > 0.5 * spread.max()
+    # Steps have the size of Adam's: a root mean square of 0.2 learning rates.
+    assert change["network.cell.inner.parametrizations.weight.original1"].square().mean().sqrt() == pytest.approx(
+        0.2 * OptimizerConfig().lr, rel=0.3
+    )
+    for name in ("embedding.tables.0", "softmax.bias", "network.cell.inner.bias", "network.cell.content_bias"):
+        assert torch.equal(dict(model.named_parameters())[name], dict(twin.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_matrices_decay_and_vectors_do_not(rule: Literal["adamw", "muon"]) -> None:
     model = make_model()
-    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
+    optimizer = make_optimizer(model, OptimizerConfig(name=rule, weight_decay=0.3))
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     names = {name: decay[parameter] for name, parameter in model.named_parameters()}

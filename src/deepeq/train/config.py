@@ -155,8 +155,9 @@ class OptimizerConfig:
         ValueError: A field is out of range.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """`adamw` is Adam with decoupled weight decay, and plain Adam at `weight_decay=0`; `sgd` has no momentum."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """`adamw` is Adam with decoupled weight decay, and plain Adam at `weight_decay=0`. `muon` makes the steps of the
+    network's matrices orthogonal (Jordan et al. 2024), with `adamw` for all other parameters. `sgd` has no momentum."""
     lr: float = 2e-3
     """Learning rate after the rise, which the schedule multiplies."""
     schedule: Schedule | None = None

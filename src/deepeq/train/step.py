@@ -7,7 +7,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.utils import _pytree as pytree
 
 from deepeq.data import Batches
@@ -25,14 +25,42 @@ class TrainingError(RuntimeError):
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """Return the optimizer of a configuration. It decays matrices, but not biases and lengths of normalized rows."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    orthogonal = [p for name, p in parameters.items() if config.name == "muon" and _is_hidden(name, p)]
+    rest = [p for name, p in parameters.items() if not (config.name == "muon" and _is_hidden(name, p))]
     groups = [
-        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
+        {"params": [p for p in rest if _is_matrix(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     if config.name == "sgd":
         return SGD(groups, lr=config.lr)
-    return AdamW(groups, lr=config.lr, betas=config.betas)
+    adamw = AdamW(groups, lr=config.lr, betas=config.betas)
+    if not orthogonal:
+        return adamw
+    # Steps of the size of Adam's, so that one learning rate serves both.
+    muon = Muon(orthogonal, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return _Together(muon, adamw)
+
+
+class _Together(Optimizer):
+    """Several optimizers of different parameters, with one list of groups and one state by parameter."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__([{"params": group["params"]} for group in groups], {})
+        self.param_groups, self._optimizers = groups, optimizers
+        for optimizer in optimizers:
+            optimizer.state = self.state
+
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run one step of each; there is no closure."""
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+
+def _is_hidden(name: str, parameter: Tensor) -> bool:
+    # Embeddings and softmax see one row per token, whose updates are no business of a whole matrix.
+    return name.startswith("network.") and parameter.ndim == 2 and _is_matrix(parameter)
 
 
 def _is_matrix(parameter: Tensor) -> bool:
