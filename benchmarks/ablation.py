@@ -3,15 +3,15 @@
     python benchmarks/ablation.py --out DIR [--runs DIR] [--minutes M] [--seeds 0 1 2] [--steps N]
 
 The text is the documentation that every CPython carries, as characters. There are three bases, and variants that differ
-from their base in one setting: a DEQ-Transformer (the quickstart without its Jacobian penalty, pretrained as a stack of
-two layers), a DEQ-TrellisNet solved in pieces of four positions, and an explicit stack of eight tied layers. A base and
-its variants see the same batches in the same order. The training after the pretraining is cut into quarters, and solver
-steps are averaged over each. For an equilibrium in pieces, they are those of the slowest piece forward, and of the mean
-piece backward. `passes` is the cost of an optimizer step without a clock: evaluations of the cell plus products with
-its Jacobian, or twice the number of layers of a stack. For pieces it is an upper bound. It leaves out what a Jacobian
-penalty costs, two passes at every other step. After the training, on validation text: solver steps with and without the
-masks of dropout; steps of each sample of a batch beside those of the slowest one, for which the others wait; how much
-the last layer of a stack changes the state.
+from their base in one setting: a DEQ-Transformer (recipes/two_cores/pydoc_transformer.yaml without its Jacobian
+penalty, pretrained as a stack of two layers), a DEQ-TrellisNet solved in pieces of four positions, and an explicit
+stack of eight tied layers. A base and its variants see the same batches in the same order. The training after the
+pretraining is cut into quarters, and solver steps are averaged over each. For an equilibrium in pieces, they are those
+of the slowest piece forward, and of the mean piece backward. `passes` is the cost of an optimizer step without a clock:
+evaluations of the cell plus products with its Jacobian, or twice the number of layers of a stack. For pieces it is an
+upper bound. It leaves out what a Jacobian penalty costs, two passes at every other step. After the training, on
+validation text: solver steps with and without the masks of dropout; steps of each sample of a batch beside those of the
+slowest one, for which the others wait; how much the last layer of a stack changes the state.
 
 Seconds are those of training, whatever else the machine did, without evaluation, reading the text and starting up. One
 seed, the default, cannot tell a small effect from chance, and segments are far shorter than the paper's.
@@ -51,7 +51,7 @@ REMARKS = {
 # Recipe, options, and number of layers of an explicit stack, for each base.
 BASES: dict[str, tuple[str, str, int | None]] = {
     "transformer": (
-        "quickstart",
+        "two_cores/pydoc_transformer",
         "--equilibrium.jacobian_weight 0.0 --equilibrium.pretrain_fraction 0.25 --equilibrium.pretrain_depth 2",
         None,
     ),
@@ -60,7 +60,7 @@ BASES: dict[str, tuple[str, str, int | None]] = {
         "--data.corpus pydoc --data.unit character --train.batch_size 16 --model.layer.init_args.weight_norm false",
         None,
     ),
-    "stack": ("quickstart", "--model.auxiliary_weight 0.2", 8),
+    "stack": ("two_cores/pydoc_transformer", "--model.auxiliary_weight 0.2", 8),
 }
 
 

@@ -10,8 +10,8 @@ reading the prompt. The first way is timed before and after the second one, and 
 the tokens after the longest prompt, which is as long as the text that follows it; `prompts` has the shorter ones too.
 
 The log-probabilities of both ways are compared, at some prefixes also at a tight tolerance: where a position has
-several equilibria, the two ways may find different ones. Without --run, the model is the quickstart's with random
-weights.
+several equilibria, the two ways may find different ones. Without --run, the model is that of
+recipes/two_cores/pydoc_transformer.yaml with random weights.
 """
 
 import time
@@ -193,12 +193,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def prepared(benchmark: Benchmark, run: Path | None, seed: int) -> tuple[LanguageModel, How, Corpus]:
-    """Return the model of a run, or the quickstart's with random weights, how it solves, and its text."""
+    """Return the model of a run, how it solves, and its text; without a run, a model with random weights."""
     if run is not None:
         trained, corpus = benchmark.open_text_model(run)
         config, model = trained.config, trained.model
     else:
-        config = load_config(RECIPES / "quickstart.yaml")
+        config = load_config(RECIPES / "two_cores/pydoc_transformer.yaml")
         loaded = load_corpus(config.data)
         assert isinstance(loaded, Corpus)
         corpus = loaded

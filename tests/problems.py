@@ -1,6 +1,6 @@
 """Fixed points with known answers, and small helpers to look inside a solve.
 
-A new problem joins by one line in `PROBLEMS`; every solver of `test_solvers.py` meets it.
+A new problem joins by one line in `PROBLEMS`; every solver of `solvers/test_contract.py` meets it.
 """
 
 from collections.abc import Callable
@@ -147,3 +147,21 @@ PROBLEMS: dict[str, Callable[[torch.dtype], Problem]] = {
     ),
     "one_hard_sample": _one_hard_sample,
 }
+
+
+def points_of(f, z0, solver) -> list[Tensor]:
+    recorder = Recorder(f)
+    with torch.no_grad():
+        solve(recorder, z0, solver=solver, verify=False)
+    return recorder.points
+
+
+def sample_of(problem: Problem, i: int) -> Callable[[Tensor], Tensor]:
+    """The map of one sample, with the others at zero."""
+
+    def f(z):
+        batch = torch.zeros_like(problem.z0)
+        batch[i] = z
+        return problem.f(batch)[i]
+
+    return f

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, Result, Solver
-from deepeq.iterate import Problem, iterate
+from deepeq.iterate import iterate
+from deepeq.problem import Problem
 from tests.problems import PROBLEMS, Recorder, relative_residual
 
 SOLVERS = [

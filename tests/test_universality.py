@@ -22,7 +22,7 @@ from deepeq import (
 )
 from deepeq.models import Memory, TrellisCell, TrellisConfig
 from deepeq.universality import StackedCell, WeightTiedCell, stack, weight_tied
-from tests.test_pieces import ADJOINT, deq, draw, loss_of, make_transformer
+from tests.test_deq_pieces import ADJOINT, deq, draw, loss_of, make_transformer
 
 
 class TanhCell(nn.Module):

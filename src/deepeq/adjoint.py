@@ -1,13 +1,9 @@
 """How gradients pass through an equilibrium."""
 
-import os
-import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,18 +12,14 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as recompute
 
 from deepeq.checks import check_choice, check_count
-from deepeq.diagnosis import explain_nonfinite
+from deepeq.diagnosis import OnFailure, explain_nonfinite, report
 from deepeq.implicit import ImplicitFunction, LinearSolve, Rule
-from deepeq.iterate import Measured, Measures, OnStep, Problem, in_current_modes, iterate, reconcile
+from deepeq.iterate import OnStep, in_current_modes, iterate, reconcile
 from deepeq.packing import Map, Packing
+from deepeq.problem import Measured, Measures, Problem
 from deepeq.scaling import unit_of_gradients
-from deepeq.solution import ConvergenceError, ConvergenceWarning, Result, Solution
+from deepeq.solution import ConvergenceError, Result, Solution
 from deepeq.solvers import GMRES, Solver
-
-OnFailure = Literal["ignore", "warn", "raise"]
-"""What happens when a solve misses its tolerance: nothing, a `ConvergenceWarning`, or a `ConvergenceError`."""
-
-_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 class Adjoint(ABC):
@@ -239,17 +231,6 @@ class BackpropAdjoint(Adjoint):
         solution = iterate(problem, solver, tracked(z0), keep=keep, on_step=on_step)
         kept = tuple(z if fz is None else fz for z, fz in solution.kept)
         return solution._replace(value=solution.value.clone(), kept=kept)
-
-
-def report(message: str, solution: Solution, on_failure: OnFailure) -> None:
-    """Raise, warn, or ignore, as the caller of a solve wishes; a warning points at the first line outside libraries."""
-    if on_failure == "raise":
-        raise ConvergenceError(message, solution)
-    if on_failure == "warn":
-        level, frame = 1, sys._getframe(0)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(message, ConvergenceWarning, stacklevel=level)
 
 
 def tracked(z: Tensor) -> Tensor:

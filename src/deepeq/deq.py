@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from deepeq.adjoint import Adjoint, ImplicitAdjoint, OnFailure, tracked
+from deepeq.adjoint import Adjoint, ImplicitAdjoint, tracked
 from deepeq.cell import method, prepare, require
 from deepeq.checks import check_choice, check_count
+from deepeq.diagnosis import OnFailure
 from deepeq.norms import ratio, safe_two_norm
 from deepeq.packing import Norm, NormName, Packing
 from deepeq.solution import Result, Solution

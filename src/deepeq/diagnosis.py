@@ -1,15 +1,34 @@
 """Sentences about a search that failed: which problem, how far it came, and what to change."""
 
+import os
+import sys
+import warnings
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from deepeq.solution import Solution
+from deepeq.solution import ConvergenceError, ConvergenceWarning, Solution
 from deepeq.solvers import GMRES
 from deepeq.solvers.base import Solver
 
 Kind = Literal["fixed point", "root", "linear"]
+OnFailure = Literal["ignore", "warn", "raise"]
+"""What happens when a solve misses its tolerance: nothing, a `ConvergenceWarning`, or a `ConvergenceError`."""
+
+_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
+
+
+def report(message: str, solution: Solution, on_failure: OnFailure) -> None:
+    """Raise, warn, or ignore, as the caller of a solve wishes; a warning points at the first line outside libraries."""
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    if on_failure == "warn":
+        level, frame = 1, sys._getframe(0)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, ConvergenceWarning, stacklevel=level)
 
 
 def explain_steps(

@@ -83,7 +83,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata=metadata | {"sha256": _digest(tensors, metadata)})
         temporary.chmod(mode)  # the library's files are readable by their owner alone
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:  # Windows synchronizes only what is open for writing
             os.fsync(file.fileno())
         temporary.replace(path)
     except SafetensorError as error:  # what the library makes of a full disk

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepeq.adjoint import Adjoint, ImplicitAdjoint, OnFailure
+from deepeq.adjoint import Adjoint, ImplicitAdjoint
 from deepeq.cell import prepare
 from deepeq.deq import Callback, Equilibrium, How, Pieces, Stack, require_pieces
+from deepeq.diagnosis import OnFailure
 from deepeq.packing import Norm
 from deepeq.solution import Solution
 from deepeq.solve import Nonfinite, without_compiling

@@ -7,11 +7,12 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint, OnFailure, report
+from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint
 from deepeq.checks import check_choice
-from deepeq.iterate import Problem
+from deepeq.diagnosis import OnFailure, report
 from deepeq.norms import safe_two_norm
 from deepeq.packing import Map, Norm, Packing
+from deepeq.problem import Problem
 from deepeq.scaling import automatic_scale
 from deepeq.solution import ConvergenceError, Result, Solution
 from deepeq.solvers import Broyden, NewtonKrylov, Solver

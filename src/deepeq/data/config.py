@@ -170,6 +170,11 @@ class DataConfig:
         """Whether the data is the generated task, not a text."""
         return self.corpus == "copy_memory" and not self.files
 
+    @property
+    def is_private(self) -> bool:
+        """Whether only its owner has the text, so that neither its place nor its name is published."""
+        return bool(self.files) or self.corpus == "folder"
+
 
 def known_vocab_size(config: DataConfig) -> int | None:
     """Return the number of types that is known without reading any file, or None."""
@@ -184,8 +189,6 @@ def corpus_title(config: DataConfig) -> str:
     """Return what a corpus is called, for people."""
     if config.is_copy_memory:
         return f"the copy-memory task at T = {config.copy_memory.blank_len}"
-    if config.files:
+    if config.is_private:
         return "text of its owner"
-    if config.corpus in PUBLISHED:
-        return PUBLISHED[config.corpus].title
-    return "the language reference of Python" if config.corpus == "pydoc" else "text of its owner"
+    return PUBLISHED[config.corpus].title if config.corpus in PUBLISHED else "the language reference of Python"

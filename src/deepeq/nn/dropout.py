@@ -63,7 +63,7 @@ class VariationalDropout(_Dropout):
     """
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """A fresh mask `(B, 1, D)` for `x` `(B, T, D)`, or None where nothing is dropped."""
+        """Return a fresh mask `(B, 1, D)` for `x` `(B, T, D)`, or None where nothing is dropped."""
         if not self.drops:
             return None
         batch_size, _, channels = x.shape
@@ -96,7 +96,7 @@ class WeightDropout(_Dropout):
         return weight * mask.masked_fill(~survives, 1.0)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What gives `weight` when nothing is dropped: `weight`."""
+        """Return `weight`, from which the same weight is computed when nothing is dropped."""
         return weight
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 def sinusoidal_positions(num_positions: int, d_model: int, *, like: Tensor) -> Tensor:
-    """Encodings of the distances `num_positions - 1, ..., 1, 0`, `(S, D)`: sines, then cosines.
+    """Return encodings of the distances `num_positions - 1, ..., 1, 0`, `(S, D)`: sines, then cosines.
 
     Raises:
         ValueError: `d_model` is odd.

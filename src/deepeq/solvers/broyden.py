@@ -107,7 +107,7 @@ class Broyden(Solver):
         return z_next, BroydenState((direction,), (length,), (), norm, torch.zeros_like(norm, dtype=torch.int64))
 
     def _update(self, g: Tensor, state: BroydenState) -> tuple[Tensor, Tensor]:
-        """The new direction, and the weight of the factor that the last step gives."""
+        """Return the new direction, and the weight of the factor that the last step gives."""
         w = g
         for j, weight in enumerate(state.weights):
             d, d_next = state.directions[j], state.directions[j + 1]

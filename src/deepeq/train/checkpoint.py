@@ -237,5 +237,5 @@ def _digest(content: object) -> str:
 
 
 def _synchronize(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows synchronizes only what is open for writing
         os.fsync(file.fileno())

@@ -97,9 +97,9 @@ def save_model(
     if trained.tokenizer is not None:
         trained.tokenizer.save(folder / TOKENIZER)
     data = trained.data
-    own = data is None or bool(data.files) or data.corpus == "folder"
     content = {"format": FORMAT, "vocab_size": trained.vocab_size, "unit": trained.unit} | to_plain(trained.config)
-    content["data"] = None if data is None or own else to_plain(replace(data, folder=None, cache=None))
+    is_private = data is None or data.is_private
+    content["data"] = None if is_private else to_plain(replace(data, folder=None, cache=None))
     del content["run"]
     # Last, because a folder without it is not a model: an interrupted first write is not taken for one.
     write_atomically(folder / CONFIG, json.dumps(content, indent=1) + "\n")
@@ -274,10 +274,6 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin):
         if self.trained.tokenizer is None:
             (save_directory / TOKENIZER).unlink(missing_ok=True)  # of an earlier model
         save_model(save_directory, self.trained)
-
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        raise ValueError(f"{model_file} is a pickle, which is never read; weights must be in {WEIGHTS}")
 
 
 def export(source: str | Path, folder: str | Path, *, repository: str | None = None) -> dict[str, Any]:

@@ -41,51 +41,7 @@ _RESULT = {
     "device": "device",
     "torch_version": "torch",
 }
-_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-It predicts the next {{ unit }}.
-{%- if config.model.depth %} It is one of the explicit networks that {{ paper }} compares with.
-{%- else %} Its hidden states are the equilibrium `z* = f(z*, x)` of one layer ({{ paper }}), which
-`{{ config.equilibrium.eval_solver }}` finds
-{%- if config.equilibrium.piece_len %} in pieces of at most {{ config.equilibrium.piece_len }} positions{% endif %}.
-{%- endif %} It was trained with deepeq {{ version }}.
-
-## Quality
-
-| text | {{ columns.values() | join(" | ") }} |
-|---|{{ "---|" * (columns | length) }}
-{% for split, row in rows.items() %}| {{ split }} |{% for name in columns %} {{ shown(row[name]) }} |{% endfor %}
-{% endfor %}
-{% if baseline is not none -%}
-On the test text, {{ guess }} has {{ shown(baseline) }}.
-{% endif -%}
-Read in {{ config.train.eval_batch_size }} streams, in segments of {{ config.eval_segment_len }} tokens.
-
-## Model and training
-
-| | |
-|---|---|
-{% for name, value in facts.items() %}| {{ name }} | {{ shown(value) }} |
-{% endfor %}
-Not recorded: license, languages and intended use.
-
-## Use
-
-```python
-from deepeq.train import PretrainedModel
-
-model = PretrainedModel.from_pretrained("FOLDER")  # or the name of a repository
-{% if trained.unit == "symbol" -%}
-model(tokens).logits  # of the symbol after each of tokens (B, T)
-{%- else -%}
-print(model.generate("The ", num_tokens=100, temperature=0.8))
-{%- endif %}
-```
-"""
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def describe_model(config: RunConfig, *, vocab_size: int | None = None) -> dict[str, Any]:
@@ -158,7 +114,7 @@ def write_card(
     }
     card = ModelCard.from_template(
         _card_data(trained, metric, test.get(metric)),
-        template_str=_TEMPLATE,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
         title=_title(config),
         trained=trained,
         unit=unit,
@@ -191,11 +147,7 @@ def _card_data(trained: TrainedModel, metric: str, value: float | None) -> Model
     return ModelCardData(
         library_name="deepeq",
         pipeline_tag=None if trained.unit == "symbol" else "text-generation",
-        tags=[
-            network,
-            "model_hub_mixin",
-            "pytorch_model_hub_mixin",
-        ],  # the hub finds models of its mixin by two of them
+        tags=[network, "model_hub_mixin", "pytorch_model_hub_mixin"],  # the hub finds models of its mixin by two
         model_name=_title(trained.config),
         eval_results=None if value is None else [evaluated],
     )
@@ -204,9 +156,7 @@ def _card_data(trained: TrainedModel, metric: str, value: float | None) -> Model
 def _dataset(trained: TrainedModel) -> tuple[str, str]:
     """Return the type and the name of the data; of a text that only its owner has, they tell nothing."""
     data = trained.data
-    if data is None or data.files or data.corpus == "folder":
-        return "own", "text of its owner"
-    return data.corpus, corpus_title(data)
+    return ("own", "text of its owner") if data is None or data.is_private else (data.corpus, corpus_title(data))
 
 
 def _title(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ from deepeq import BackpropAdjoint, Result, fixed_point, root_find
 from deepeq.solvers.newton_krylov import NewtonKrylov, NewtonState, _bounded_least_squares
 from tests.problems import PROBLEMS, Recorder, relative_residual, solve
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import _root_problems as root_problems
 
 Map = Callable[[Tensor], Tensor]

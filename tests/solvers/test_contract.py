@@ -1,4 +1,5 @@
-"""Every solver on every problem, as `deepeq.Solution` promises; then each solver against its definition."""
+"""Every solver on every problem, as `deepeq.Solution` promises. The files beside this one compare each solver with its
+definition."""
 
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from deepeq import (
 )
 from tests.problems import PROBLEMS, Problem, Recorder, relative_residual, solve
 
-# One line a solver: how it is built, and which problems it has to solve.
+# One line per solver: how it is built, and which problems it has to solve.
 SOLVERS: dict[str, tuple[Callable[..., Solver], Callable[[Problem], bool]]] = {
     "fixed_point_iteration": (FixedPointIteration, lambda p: p.contraction < 1),
     "damped_iteration": (lambda **k: FixedPointIteration(damping=0.3, **k), lambda p: p.contraction < 1),
@@ -334,24 +335,6 @@ def test_solver_keeps_no_more_vectors_than_its_window():
 # --- each solver against its definition ------------------------------------------------------------------------------
 
 
-def points_of(f, z0, solver) -> list[Tensor]:
-    recorder = Recorder(f)
-    with torch.no_grad():
-        solve(recorder, z0, solver=solver, verify=False)
-    return recorder.points
-
-
-def sample_of(problem: Problem, i: int) -> Callable[[Tensor], Tensor]:
-    """The map of one sample, with the others at zero."""
-
-    def f(z):
-        batch = torch.zeros_like(problem.z0)
-        batch[i] = z
-        return problem.f(batch)[i]
-
-    return f
-
-
 @pytest.mark.parametrize("steps", [1, 4, 40])
 @solver_names
 def test_num_stored_bounds_the_vectors_of_a_state_and_is_reached(solver_name, steps):
@@ -368,224 +351,12 @@ def test_num_stored_bounds_the_vectors_of_a_state_and_is_reached(solver_name, st
     assert solver.num_stored - 2 <= most <= solver.num_stored
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-@pytest.mark.parametrize("problem_name", ["tanh", "rotation_diverging", "stiff"])
-def test_fixed_point_iteration_equals_its_formula(problem_name, damping):
-    problem = PROBLEMS[problem_name](torch.float64)
-    z = problem.z0
-    for point in points_of(problem.f, z, FixedPointIteration(rtol=1e-14, max_steps=10, damping=damping)):
-        torch.testing.assert_close(point, z, rtol=1e-12, atol=1e-14)
-        z = damping * z + (1 - damping) * problem.f(z)
-
-
-def dense_broyden(f, z: Tensor, steps: int, damping: float = 0.0, history_size: int = 10**9) -> list[Tensor]:
-    """The paper's eq. 6 and 10 with the inverse written out: `(N, N)` for one sample."""
-
-    def g(z):
-        return f(z) - z
-
-    b, points = -torch.eye(z.numel(), dtype=z.dtype), [z]
-    for n in range(steps - 1):
-        delta_z = -(1 - damping) * b @ g(z)
-        z_next = z + delta_z
-        delta_g = g(z_next) - g(z)
-        if (n + 1) % history_size == 0:
-            b = -torch.eye(z.numel(), dtype=z.dtype)
-        else:
-            b = b + torch.outer(delta_z - b @ delta_g, delta_z @ b) / (delta_z @ b @ delta_g)
-        z = z_next
-        points.append(z)
-    return points
-
-
-@pytest.mark.parametrize("history_size", [100, 4, 1])
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-@pytest.mark.parametrize("problem_name", ["tanh_batch_of_one", "tanh", "affine", "rotation_diverging"])
-def test_broyden_equals_the_dense_matrix_method(problem_name, damping, history_size):
-    problem = PROBLEMS[problem_name](torch.float64)
-    solver = Broyden(rtol=1e-5, max_steps=12, damping=damping, history_size=history_size)
-    points = points_of(problem.f, problem.z0, solver)
-    with torch.no_grad():
-        steps = solve(problem.f, problem.z0, solver=solver).num_steps.tolist()
-    for i, steps_of_sample in enumerate(steps):
-        expected = dense_broyden(sample_of(problem, i), problem.z0[i], steps_of_sample, damping, history_size)
-        for point, reference in zip(points, expected, strict=False):
-            torch.testing.assert_close(point[i], reference, rtol=1e-6, atol=1e-9)
-
-
-def dense_broyden_with_line_search(f, z: Tensor, evaluations: int, most_halvings: int) -> list[Tensor]:
-    """The dense method, where a step that raises the residual is halved before the inverse learns from it."""
-
-    def g(z):
-        return f(z) - z
-
-    b, points = -torch.eye(z.numel(), dtype=z.dtype), [z]
-    while len(points) < evaluations:
-        delta_z = -b @ g(z)
-        points.append(z + delta_z)
-        halvings = 0
-        while g(z + delta_z).norm() > g(z).norm() and halvings < most_halvings:
-            delta_z, halvings = 0.5 * delta_z, halvings + 1
-            points.append(z + delta_z)
-        delta_g = g(z + delta_z) - g(z)
-        b = b + torch.outer(delta_z - b @ delta_g, delta_z @ b) / (delta_z @ b @ delta_g)
-        z = z + delta_z
-    return points[:evaluations]
-
-
-@pytest.mark.parametrize("most_halvings", [1, 3])
-@pytest.mark.parametrize("problem_name", ["stiff", "one_hard_sample"])
-def test_broyden_line_search_equals_the_dense_matrix_method(problem_name, most_halvings):
-    problem = PROBLEMS[problem_name](torch.float64)
-    solver = Broyden(rtol=1e-4, max_steps=15, line_search_steps=most_halvings)
-    points = points_of(problem.f, problem.z0, solver)
-    steps = solve(problem.f, problem.z0, solver=solver).num_steps.tolist()
-    differs = False
-    for i, steps_of_sample in enumerate(steps):
-        f = sample_of(problem, i)
-        expected = dense_broyden_with_line_search(f, problem.z0[i], steps_of_sample, most_halvings)
-        for point, reference in zip(points, expected, strict=False):
-            torch.testing.assert_close(point[i], reference, rtol=1e-6, atol=1e-8)
-        plain = dense_broyden(f, problem.z0[i], steps_of_sample)
-        differs |= not torch.allclose(plain[-1], expected[-1])
-    assert differs  # some step was halved
-
-
-def test_broyden_line_search_lowers_the_residual_where_full_steps_raise_it():
-    problem = PROBLEMS["stiff"](torch.float64)
-    plain = solve(problem.f, problem.z0, solver=Broyden(max_steps=6))
-    searched = solve(problem.f, problem.z0, solver=Broyden(max_steps=6, line_search_steps=5))
-    assert (searched.absolute_residual < plain.absolute_residual).all()
-
-
-@pytest.mark.parametrize("history_size", [5, 10])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("gain", [0.8, 1.2, 1.6])
-def test_broyden_window_converges_where_the_full_history_does(gain, dtype, history_size, generator):
-    w = gain * torch.randn(40, 40, generator=generator, dtype=torch.float64).to(dtype) / 40**0.5
-    b = torch.randn(4, 40, generator=generator, dtype=torch.float64).to(dtype)
-    solutions = {}
-    for size in (history_size, 400):
-        f = Recorder(lambda z: torch.tanh(z @ w.T + b))
-        solutions[size] = solve(f, torch.zeros_like(b), solver=Broyden(rtol=1e-3, max_steps=400, history_size=size))
-        assert all(point.isfinite().all() for point in f.points)
-    assert solutions[400].converged.all()
-    assert solutions[history_size].converged.all()
-
-
-@pytest.mark.parametrize(("ridge", "damping", "history_size"), [(1e-10, 0.0, 8), (1e-10, 0.3, 3), (0.3, 0.0, 8)])
-@pytest.mark.parametrize("problem_name", ["tanh", "affine", "rotation_diverging"])
-def test_anderson_equals_naive_least_squares(problem_name, ridge, damping, history_size):
-    """Against a QR solve of `min ||g - dG gamma||^2 + ridge sum (||dG_j|| gamma_j)^2`, one sample at a time."""
-    problem = PROBLEMS[problem_name](torch.float64)
-    solver = Anderson(rtol=1e-4, max_steps=9, ridge=ridge, damping=damping, history_size=history_size)
-    points = points_of(problem.f, problem.z0, solver)
-    values = [problem.f(z) for z in points]
-    steps = solve(problem.f, problem.z0, solver=solver).num_steps.tolist()
-    for i, steps_of_sample in enumerate(steps):
-        assert steps_of_sample > 3
-        for n in range(1, steps_of_sample):
-            z = torch.stack([p[i] for p in points[max(0, n - 1 - history_size) : n]], dim=1)  # (N, k + 1)
-            fz = torch.stack([p[i] for p in values[max(0, n - 1 - history_size) : n]], dim=1)
-            g, expected = (fz - z)[:, -1], fz[:, -1] - damping * (fz - z)[:, -1]
-            if n > 1:
-                delta_f, delta_g = fz.diff(dim=1), (fz - z).diff(dim=1)
-                penalty = ridge**0.5 * torch.diag(delta_g.norm(dim=0))
-                lhs = torch.cat([delta_g, penalty])
-                rhs = torch.cat([g, g.new_zeros(len(penalty))]).unsqueeze(1)
-                gamma = torch.linalg.lstsq(lhs, rhs, driver="gelsy").solution.squeeze(1)
-                expected = expected - delta_f @ gamma + damping * delta_g @ gamma
-            torch.testing.assert_close(points[n][i], expected, rtol=1e-5, atol=1e-7)
-
-
-def krylov_minimizer(f, z0: Tensor, dimension: int) -> Tensor:
-    """The point of least residual in `z0 + span(r0, A r0, ...)`, with `A = I - M` written out; one sample."""
-    b = f(torch.zeros_like(z0))
-    a = torch.stack([e - (f(e) - b) for e in torch.eye(len(b), dtype=torch.float64)], dim=1)
-    r0 = b - a @ z0
-    krylov = torch.stack([torch.linalg.matrix_power(a, k) @ r0 for k in range(dimension)], dim=1)
-    krylov, _ = torch.linalg.qr(krylov)
-    return z0 + krylov @ torch.linalg.lstsq(a @ krylov, r0.unsqueeze(1)).solution.squeeze(1)
-
-
-@pytest.mark.parametrize("steps", [3, 4, 5, 6])
-@pytest.mark.parametrize("problem_name", ["affine", "rotation_slow", "diverging", "stiff"])
-def test_gmres_equals_dense_least_squares_over_the_krylov_space(problem_name, steps):
-    problem = PROBLEMS[problem_name](torch.float64)
-    z0 = torch.randn_like(problem.z0)
-    last = points_of(problem.f, z0, GMRES(rtol=1e-14, max_steps=steps))[-1]
-    for i in range(len(z0)):
-        expected = krylov_minimizer(sample_of(problem, i), z0[i], steps - 2)
-        torch.testing.assert_close(last[i], expected, rtol=1e-7, atol=1e-8)
-
-
-@pytest.mark.parametrize("rtol", [0.2, 0.05, 1e-2, 1e-3])
-def test_gmres_stops_at_the_first_space_that_is_large_enough(rtol):
-    """It predicts `||f(u)||` too, for the relative tolerance, wherever it started."""
-    problem = PROBLEMS["affine"](torch.float64)
-    z0 = 3.0 * torch.randn_like(problem.z0)
-    solution = solve(problem.f, z0, solver=GMRES(rtol=rtol))
-    for i in range(len(z0)):
-        f = sample_of(problem, i)
-        minimizers = [krylov_minimizer(f, z0[i], k) for k in range(1, 7)]
-        enough = next(k for k, u in enumerate(minimizers, 1) if (f(u) - u).norm() <= rtol * f(u).norm())
-        assert solution.num_steps[i] == enough + 2  # the first point, the products, the minimizer
-        torch.testing.assert_close(solution.value[i], minimizers[enough - 1], rtol=1e-6, atol=1e-9)
-
-
-def test_gmres_basis_is_orthonormal_to_rounding(generator):
-    """One pass of Gram-Schmidt would lose this on a matrix of condition 1e6."""
-    q, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))
-    matrix = torch.eye(24, dtype=torch.float64) - q @ torch.diag(torch.logspace(0, -6, 24, dtype=torch.float64)) @ q.T
-    b = torch.randn(1, 24, generator=generator, dtype=torch.float64)
-    solver, z = GMRES(rtol=1e-15, max_steps=50), torch.zeros(1, 24, dtype=torch.float64)
-    state = solver.init(z)
-    for _ in range(12):
-        fz = z @ matrix.T + b
-        z, state = solver.step(z, fz, fz - z, state)
-    basis = torch.cat(state.basis.blocks, dim=1)[0, : state.basis.size]
-    torch.testing.assert_close(basis @ basis.T, torch.eye(12, dtype=torch.float64), rtol=0.0, atol=1e-13)
-
-
-def test_gmres_needs_no_more_products_than_the_dimension():
-    problem = PROBLEMS["diverging"](torch.float64)  # 4 unknowns: first point, 4 products, the minimizer
-    solution = solve(problem.f, problem.z0, solver=GMRES(rtol=1e-10))
-    assert (solution.num_steps <= 6).all()
-    assert solution.converged.all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gmres_evaluates_the_minimizer_as_soon_as_the_space_is_complete(dtype):
-    """Two eigenvalues: first point, two products, minimizer. A tolerance out of reach must not hide it."""
-    slopes = torch.tensor([[0.5, 0.5, 0.5, -2.0, -2.0]], dtype=dtype)
-    out_of_reach = GMRES(rtol=0.0, atol=1e-30, max_steps=25)
-    solution = solve(lambda z: slopes * z + slopes.cos(), torch.zeros(1, 5, dtype=dtype), solver=out_of_reach)
-    assert (solution.residual_history[:3] > 1e-2).all()
-    assert (solution.residual_history[3] < 100 * torch.finfo(dtype).eps).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gmres_on_a_singular_system_stays_finite_and_says_so(dtype):
-    f = Recorder(lambda z: z + torch.tensor([1.0, 0.0], dtype=dtype))  # no fixed point at all
-    solution = solve(f, torch.zeros(2, 2, dtype=dtype), solver=GMRES(max_steps=30))
-    assert solution.result is Result.MAX_STEPS
-    assert not solution.converged.any()
-    assert all(point.isfinite().all() for point in f.points)
-
-
 @solver_names
 def test_map_without_fixed_point_gives_finite_points_and_a_status(solver_name):
     f = Recorder(lambda z: z + 1.0 + z.abs())
     solution = solve(f, torch.zeros(2, 3), solver=build(solver_name, max_steps=15))
     assert solution.result is Result.MAX_STEPS
     assert all(point.isfinite().all() for point in f.points)
-
-
-def test_anderson_solves_the_scaled_normal_equations_in_float64():
-    """A float32 problem whose differences span many orders of magnitude still converges to float32 accuracy."""
-    slopes = torch.linspace(-0.9, 0.99, 12).repeat(2, 1)
-    solution = solve(lambda z: slopes * z + 1.0, torch.zeros(2, 12), solver=Anderson(rtol=1e-5, max_steps=150))
-    assert solution.converged.all()
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,11 @@ PAIRS = {
     **{f"forward_{name}": (solver, EXACT_BACKWARD) for name, solver in FORWARD_SOLVERS.items()},
     **{f"backward_{name}": (EXACT, solver) for name, solver in BACKWARD_SOLVERS.items()},
 }
-pairs = pytest.mark.parametrize(("forward", "backward"), PAIRS.values(), ids=list(PAIRS))
+QUICK = ("forward_anderson", "forward_broyden", "backward_gmres")  # the others are slow
+pairs = pytest.mark.parametrize(
+    ("forward", "backward"),
+    [pytest.param(*pair, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, pair in PAIRS.items()],
+)
 
 
 @pairs
