@@ -14,10 +14,10 @@ help:  ## List the targets
 train: $(VENV)/train.stamp  ## Install what is missing, train the quickstart; the last line is its result as JSON
 	@$(BIN)/deepeq train --config recipes/quickstart.yaml $(ARGS)
 
-test: $(VENV)/train,dev.stamp  ## Run the default test suite
+test: $(VENV)/train,dev,docs,examples.stamp  ## Run the default test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lint: $(VENV)/train,dev.stamp  ## Check format, lint, types and the layers
+lint: $(VENV)/train,dev,docs,examples.stamp  ## Check format, lint, types and the layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
@@ -29,10 +29,10 @@ smoke: $(VENV)/train.stamp  ## Train every recipe for two cores for a few steps
 bench: $(VENV)/train,bench.stamp  ## Run one benchmark: make bench NAME=solvers ARGS="--run DIR"
 	@$(BIN)/python benchmarks/$(NAME).py --out benchmarks/results $(ARGS)
 
-docs: $(VENV)/train,docs.stamp  ## Build the documentation into site/
-	@$(BIN)/mkdocs build --strict
+docs: $(VENV)/docs.stamp  ## Build the documentation into site/
+	@$(BIN)/python -m zensical build --strict --clean
 
-format: $(VENV)/train,dev.stamp  ## Format the code and mend what ruff can
+format: $(VENV)/train,dev,docs,examples.stamp  ## Format the code and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

@@ -98,8 +98,9 @@ def save_model(
         trained.tokenizer.save(folder / TOKENIZER)
     data = trained.data
     content = {"format": FORMAT, "vocab_size": trained.vocab_size, "unit": trained.unit} | to_plain(trained.config)
-    is_private = data is None or data.is_private
-    content["data"] = None if is_private else to_plain(replace(data, folder=None, cache=None))
+    content["data"] = None
+    if data is not None and not data.is_private:
+        content["data"] = to_plain(replace(data, folder=None, cache=None))
     del content["run"]
     # Last, because a folder without it is not a model: an interrupted first write is not taken for one.
     write_atomically(folder / CONFIG, json.dumps(content, indent=1) + "\n")
