@@ -49,7 +49,7 @@ class Problem:
         return self.complete(self.function(z), z)
 
     def complete(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same, from the value of `function` at `z`."""
+        """Return what `evaluate` returns, from the value of `function` at `z`."""
         if not self.root:
             g = value - z
             return value, g, g
@@ -63,8 +63,8 @@ class Measured(NamedTuple):
     error: Tensor  # the residual over the tolerance: at most one where a problem has converged
     relative: Tensor
     absolute: Tensor
-    distance: Tensor  # the absolute residual in units of the first point: comparable from step to step
-    total: Tensor  # finite where all is
+    distance: Tensor  # the absolute residual in units of the first point, so that steps can be compared
+    total: Tensor  # finite where the point and its value are finite
 
 
 class Measures:

@@ -12,33 +12,33 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 
-def _check_share(p: float) -> None:
+def _check_fraction(p: float) -> None:
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"p={p!r} must be in [0, 1): it is the share that is dropped")
+        raise ValueError(f"p={p!r} must be in [0, 1): it is the fraction that is dropped")
 
 
 def variational_mask(shape: Sequence[int], p: float, *, like: Tensor) -> Tensor:
-    """Independent entries, 0 with probability `p` and `1 / (1 - p)` otherwise, so that their mean is 1.
+    """Return independent entries, 0 with probability `p` and `1 / (1 - p)` otherwise, so that their mean is 1.
 
     Args:
         shape: Of the mask; a dimension of size 1 shares its entries.
-        p: Share of zeros, in `[0, 1)`.
+        p: Fraction of zeros, in `[0, 1)`.
         like: Gives dtype and device; the device's default generator draws.
 
     Raises:
         ValueError: `p` is out of range.
     """
-    _check_share(p)
+    _check_fraction(p)
     mask = torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
     return mask.bernoulli_(1.0 - p).div_(1.0 - p)
 
 
 class _Dropout(nn.Module):
-    """A share `p` that is dropped in training."""
+    """A fraction `p` that is dropped in training."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        _check_share(p)
+        _check_fraction(p)
         self.p = p
 
     @property
@@ -108,8 +108,8 @@ def regularize_weight(module: nn.Linear, *, weight_norm: bool, dropout: float) -
     in-place initialization of `module.weight` would fill a tensor that is thrown away. No row may be zero under
     weight normalization.
 
-    Every access of `module.weight` computes it anew, in training with a fresh mask. A cell therefore reads it once a
-    solve, in `inject`, and hands the tensor on in the injection.
+    Every access of `module.weight` computes it again, in training with a fresh mask. A cell therefore reads it
+    once per solve, in `inject`, and passes the tensor on in the injection.
 
     Args:
         module: Layer whose `weight` is to be regularized.
@@ -119,7 +119,7 @@ def regularize_weight(module: nn.Linear, *, weight_norm: bool, dropout: float) -
     Raises:
         ValueError: `dropout` is out of range, or the weight is parametrized already.
     """
-    _check_share(dropout)
+    _check_fraction(dropout)
     if is_parametrized(module, "weight"):
         raise ValueError("module.weight is parametrized already: regularize_weight takes a plain weight, once")
     owner, name = module, "weight"

@@ -139,14 +139,14 @@ class NewtonKrylov(Solver):
         relative = torch.where(finite, norm, torch.inf) / state.norm
         change = relative.square() - 1.0
         promised = (1.0 - (state.predicted / state.norm).square()).clamp_min(tiny)
-        share = -change / promised
+        achieved = -change / promised
         # A problem that is done stays where it is, and shall not cost the others products.
-        accepted = finite & ((share > 1e-4) | (state.free_steps > 0)) & (z != state.z).any(dim=1)
+        accepted = finite & ((achieved > 1e-4) | (state.free_steps > 0)) & (z != state.z).any(dim=1)
 
         # The minimizer of a parabola that falls as the model does at first and has the measured change at the end.
         shrunk = torch.where(finite, 0.5 / (1.0 + change / promised), 0.0).clamp(0.1, 0.5) * state.length
-        radius = torch.where(share < 0.25, shrunk, state.radius)
-        radius = torch.where(share > 0.75, torch.maximum(radius, 2.0 * state.length), radius)
+        radius = torch.where(achieved < 0.25, shrunk, state.radius)
+        radius = torch.where(achieved > 0.75, torch.maximum(radius, 2.0 * state.length), radius)
 
         norm = torch.where(accepted, norm, state.norm)
         reached, late = norm <= state.goal, state.steps_left <= 1
@@ -192,7 +192,7 @@ def _arnoldi(product: Map, g: Tensor, most: int, rtol: Tensor) -> tuple[tuple[Te
         column, w = _orthogonalize(w, basis)
         height = two_norm(w).unsqueeze(1)
         # What is left at rounding level is no direction: the space is invariant. If J is singular there, the solution
-        # may lie outside, and the search goes on in a direction of no meaning.
+        # may lie outside, and the search continues in a meaningless direction.
         complete = height <= 10 * eps * size
         height = torch.where(complete, 0.0, height).double()
         if bool((complete & active).any()):

@@ -11,10 +11,9 @@ from torch import Tensor
 from deepeq.deq import Equilibrium, Pieces
 from deepeq.models import TiedNetwork
 from deepeq.solvers import FixedPointIteration
-from deepeq.train.config import RunConfig
 from deepeq.train.logging import read_metrics
 from deepeq.train.pretrained import CONFIG, TrainedModel, open_model
-from deepeq.train.recipe import RunFolder, load_config
+from deepeq.train.recipe import RunFolder
 
 _LABELS = {"bits_per_character": "bits per character", "perplexity": "perplexity", "loss": "nats per position"}
 _CONVERGENCE_STEPS = 60
@@ -32,24 +31,20 @@ def plot_run(path: Path) -> list[Path]:
     if not any(row["split"] == "train" for row in rows):
         raise ValueError(f"{folder.metrics} holds no row of training yet; train for at least train.log_every steps")
     trained = open_model(path) if (folder.best / CONFIG).is_file() else None
-    config = load_config(folder.config, complete=True) if trained is None else trained.config
-    return draw_figures(folder.figures, rows, config, trained)
+    return draw_figures(folder.figures, rows, trained)
 
 
-def draw_figures(
-    folder: Path, rows: list[dict[str, Any]], config: RunConfig, trained: TrainedModel | None = None
-) -> list[Path]:
+def draw_figures(folder: Path, rows: list[dict[str, Any]], trained: TrainedModel | None = None) -> list[Path]:
     """Draw the figures of a run, and return their paths.
 
     Args:
         folder: Where the figures go.
         rows: What was measured: the rows of `metrics.jsonl`.
-        config: The run.
-        trained: Its best model; None if it has none yet.
+        trained: The best model; None if it has none yet.
     """
     folder.mkdir(exist_ok=True)
     figures = {"loss": _loss(rows)}
-    if config.model.depth == 0:
+    if any("forward_steps" in row for row in rows):  # an explicit network solves nothing
         figures["steps"] = _steps(rows)
         if trained is not None:
             figures["convergence"] = _convergence(*_residuals(trained))
