@@ -60,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
     """The pages of the built site by their address below its root."""
     pytest.importorskip("zensical", reason="the extra docs is not installed, so the site is not built")
     folder = tmp_path_factory.mktemp("site")
-    for name in ("docs", "src", "CHANGELOG.md", "mkdocs.yml"):
+    for name in ("docs", "src", "site_theme", "CHANGELOG.md", "mkdocs.yml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
