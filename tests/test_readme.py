@@ -26,13 +26,18 @@ def test_example_runs_and_gives_a_converged_equilibrium_with_gradients() -> None
     assert all(parameter.grad is not None for parameter in names["layer"].parameters())
 
 
-@pytest.mark.parametrize("page", ["docs/command-line.md", "docs/data.md", "docs/training.md"])
-def test_commands_of_the_guides_parse(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def commands(page: str) -> list[str]:
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    commands = [line for block in blocks("", text) for line in block.splitlines() if line.startswith("deepeq ")]
-    assert commands
-    for command in commands:
+    return [line for block in blocks("", text) for line in block.splitlines() if line.startswith("deepeq ")]
+
+
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_of_the_guides_parse(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in commands(page):
         command = command.replace("--config RECIPE", "--config recipes/quickstart.yaml")
         if "runs/mine/config.yaml" not in command:  # the file of a run that exists only after training
             command_parser().parse_args(shlex.split(command, comments=True)[1:])
