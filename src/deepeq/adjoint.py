@@ -33,7 +33,15 @@ class Adjoint(ABC):
     def solve(
         self, problem: Problem, z0: Tensor, solver: Solver, *, keep: Sequence[int] = (), on_step: OnStep | None = None
     ) -> Solution:
-        """Return the Solution of a packed problem `(B, N)`, differentiable if gradients are enabled."""
+        """Return the Solution of a packed problem, differentiable if gradients are enabled.
+
+        Args:
+            problem: The map of packed states `(B, N)`, with its norm.
+            z0: First state, `(B, N)`.
+            solver: Solver of the forward search.
+            keep: Steps whose states are returned too.
+            on_step: Called after each step of the search.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

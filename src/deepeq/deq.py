@@ -93,7 +93,15 @@ class Equilibrium:
         keep: Sequence[int] = (),
         callback: Callback | None = None,
     ) -> Solution:
-        """Return the equilibrium of the map that `prepare` returned for a cell; arguments as in `__call__`."""
+        """Return the equilibrium of a map that `prepare` returned for a cell.
+
+        Args:
+            f: The map of the state.
+            z0: First state.
+            segments: Problem of each row of a ragged state, as in `fixed_point`.
+            keep: Steps whose states are returned too, as in `fixed_point`.
+            callback: Called as `callback(step, z, residual)` after each step.
+        """
         return fixed_point(f, z0, segments=segments, keep=keep, callback=callback, **vars(self))
 
 

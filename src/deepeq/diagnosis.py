@@ -21,7 +21,16 @@ _LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch._
 
 
 def report(message: str, solution: Solution, on_failure: OnFailure) -> None:
-    """Raise, warn, or ignore, as the caller of a solve wishes; a warning points at the first line outside libraries."""
+    """Raise, warn, or ignore, as the caller of a solve wishes.
+
+    Args:
+        message: What happened, and what to change.
+        solution: The solution that missed its tolerance; the error carries it.
+        on_failure: What to do. A warning points at the first line of the stack that is outside of libraries.
+
+    Raises:
+        ConvergenceError: `on_failure` is "raise".
+    """
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     if on_failure == "warn":

@@ -232,6 +232,11 @@ def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution
     Problems that are solved one by one, although they depend on each other, reach their tolerances at different times,
     and the earlier ones are wrong when the later ones have moved. Where that evaluation contradicts what was claimed,
     nobody is called converged, and the true residuals are reported.
+
+    Args:
+        solution: What the search claims.
+        joint: What the evaluation of all problems at the returned state measured.
+        problem: The map that was solved.
     """
     dtype = solution.value.dtype
     # One map may take different kernels with gradients and without; of a root, the first residual is no measure of it.

@@ -68,7 +68,13 @@ class JacobianProduct:
 
 
 def jacobian_product(g: Map, z: Tensor, gz: Tensor) -> Map:
-    """Return the map `v -> J v` of packed states `(B, N)`, with `J` the Jacobian of `g` at `z`, where `gz = g(z)`."""
+    """Return the map `v -> J v`, in which `J` is the Jacobian of `g` at `z`.
+
+    Args:
+        g: A map of packed states `(B, N)`.
+        z: The state, `(B, N)`.
+        gz: The value `g(z)`, `(B, N)`.
+    """
     return JacobianProduct(g).at(z, gz)
 
 

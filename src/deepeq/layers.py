@@ -31,7 +31,13 @@ class Layer(nn.Module):
         self.cell, self.how = cell, how
 
     def prepare(self, x: Any, z0: Any = None, memory: Any = None) -> tuple[Callable[[Any], Any], Any]:
-        """Return the map `f(z) = cell(z, injection)` of one solve, and its first state."""
+        """Return the map `f(z) = cell(z, injection)` of one solve, and its first state.
+
+        Args:
+            x: Input of the cell.
+            z0: First state; None for the cell's own.
+            memory: Memory of the cell, if it has one.
+        """
         return prepare(self.cell, x, z0, memory)
 
     def extra_repr(self) -> str:
@@ -157,7 +163,13 @@ class Unrolled(Layer):
         super().__init__(cell, how)
 
     def forward(self, x: Any, z0: Any = None, memory: Any = None) -> Solution:
-        """Return the state after the last layer; arguments as in `DEQ`."""
+        """Return the state after the last layer.
+
+        Args:
+            x: Input of the cell.
+            z0: State before the first layer; None for the cell's own.
+            memory: Memory of the cell, if it has one.
+        """
         return self.how(self.cell, x, z0, memory)
 
 
@@ -197,7 +209,17 @@ class Subsequences(Layer):
         keep: Sequence[int] = (),
         callback: Callback | None = None,
     ) -> Solution:
-        """Return the equilibrium of the whole sequence; arguments as in `DEQ`, and `callback` sees every piece."""
+        """Return the equilibrium of the whole sequence.
+
+        Args:
+            x: Input of the cell, `(B, T, D)`.
+            z0: First state of the whole sequence; None for the cell's own.
+            memory: Memory of the cell before the first piece.
+            solver: Forward solver of this call; None for that of the layer.
+            adjoint: Adjoint of this call; None for that of the layer.
+            keep: Steps whose states are returned too, as in `fixed_point`.
+            callback: Called as `callback(step, z, residual)` after each step of each piece.
+        """
         how = replace(self.how, equilibrium=_with_rules(self.how.equilibrium, solver, adjoint))
         return how(self.cell, x, z0, memory, keep=keep, callback=callback)
 

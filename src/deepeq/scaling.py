@@ -60,6 +60,12 @@ def unit_of_gradients(product: Map, v: Tensor, z: Tensor, sizes: Sequence[int]) 
 
     A part without a loss of its own gets the unit of the largest. Where the parts of `z` lie far apart, the gradient
     with respect to the large one is small and matters as much: its size is then seen in `J^T v`, for one product.
+
+    Args:
+        product: The map `u -> J^T u` of packed states.
+        v: Gradient of the loss with respect to the state, `(B, N)`.
+        z: The state, `(B, N)`.
+        sizes: Number of components of each part of the state; their sum is N.
     """
     if not v.numel():
         return v.new_ones(len(v), 1)

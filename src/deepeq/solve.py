@@ -145,8 +145,25 @@ def root_find(
     `z0`, nearly always one, find a scale and a sign `a`, so that `z + a g(z)` is a sensible map.
     `Solution.relative_residual` is `||g(z)|| / ||g(z0)||`, and `absolute_residual` is `||g(z)||`.
 
-    The default solver is `NewtonKrylov`, to two thirds of the digits of the dtype. Other arguments and errors are those
-    of `fixed_point`.
+    The default solver is `NewtonKrylov`, to two thirds of the digits of the dtype.
+
+    Args:
+        g: Map whose root is searched for; its value has the structure and the shapes of `z0`.
+        z0: First state.
+        solver: A solver; default `NewtonKrylov`.
+        adjoint: As in `fixed_point`.
+        batch_dims: As in `fixed_point`.
+        segments: As in `fixed_point`.
+        norm: As in `fixed_point`.
+        keep: As in `fixed_point`.
+        on_failure: As in `fixed_point`.
+        nonfinite: As in `fixed_point`.
+        verify: As in `fixed_point`.
+        callback: As in `fixed_point`.
+        throw: As in `fixed_point`.
+
+    Raises:
+        The same errors as `fixed_point`.
     """
     packing = Packing(z0, batch_dims, segments)
     solver, adjoint = check_rules(solver or default_root_solver(packing), adjoint)

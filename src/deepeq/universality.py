@@ -91,7 +91,14 @@ class StackedCell(Cell):
         return method(self.second.cell, "output")(z[1])
 
     def extend_memory(self, memory: Pair | None, x: Any, z: Pair, *, length: int | None = None) -> Pair:
-        """Return both memories after a segment `x` with states `z`, for cells that extend theirs."""
+        """Return both memories after a segment, for cells that extend theirs.
+
+        Args:
+            memory: The two memories before the segment, or None.
+            x: Input of the segment.
+            z: The two states of the segment.
+            length: Largest number of positions to remember.
+        """
         (memory1, memory2), (z1, z2) = _pair(memory), z
         for cell in (self.first.cell, self.second.cell):
             require(cell, "extend_memory(memory, x, z, *, length)", purpose="be solved in pieces")

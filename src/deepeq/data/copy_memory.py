@@ -108,6 +108,11 @@ class CopyMemory:
     def stream(self, split: Split, *, batch_size: int, segment_len: int) -> SequenceBatches:
         """Return the batches of a split; `segment` draws training sequences in another order in every epoch.
 
+        Args:
+            split: "train", "valid" or "test".
+            batch_size: Number of sequences in a batch.
+            segment_len: Length of a sequence, `blank_len + 20`.
+
         Raises:
             ValueError: segment_len is not T + 20, as sequences are not cut.
         """

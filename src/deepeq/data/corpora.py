@@ -65,7 +65,12 @@ class Corpus:
         return self.num_bytes[split] / len(self.split(split)) if self.unit == "bpe" else None
 
     def stream(self, split: Split, *, batch_size: int, segment_len: int) -> SegmentStream:
-        """Return a split as batch_size parallel streams, cut into segments of segment_len tokens.
+        """Return a split as parallel streams of text, cut into segments.
+
+        Args:
+            split: "train", "valid" or "test".
+            batch_size: Number of streams.
+            segment_len: Number of tokens in a segment.
 
         Raises:
             ValueError: The split is too short for batch_size streams, or a number is not a positive integer.

@@ -22,7 +22,13 @@ class PositionKeys(NamedTuple):
 
     @classmethod
     def of(cls, key: Tensor, content_bias: Tensor, position_bias: Tensor) -> "PositionKeys":
-        """Return the table for keys `(H, C, K)` and the two biases `(H, 1, K)` of relative attention."""
+        """Return the table of a layer of relative attention.
+
+        Args:
+            key: Keys of the positions, `(H, C, K)`.
+            content_bias: Bias of the query towards contents, `(H, 1, K)`.
+            position_bias: Bias of the query towards positions, `(H, 1, K)`.
+        """
         key = key.contiguous()
         bias = ((position_bias - content_bias) * key).sum(dim=2) * key.shape[2] ** -0.5
         own = torch.stack([content_bias.squeeze(1), key[:, -1], torch.zeros_like(key[:, -1])])  # (3, H, K)

@@ -91,7 +91,16 @@ class OncePerSolve(nn.Module):
             return SharedWeights(held, (compute(),))
 
     def inject(self, x: Any, memory: Any = None, weights: "SharedWeights | None" = None) -> "HeldInjection":
-        """Return the held weights with the injection of the wrapped cell, which is `x` for a cell without `inject`."""
+        """Return the held weights with the injection of the wrapped cell, which is `x` for a cell without `inject`.
+
+        Args:
+            x: Input of the wrapped cell.
+            memory: Memory of the wrapped cell, if it has one.
+            weights: What `shared_weights` returned; None to compute the weights for this solve alone.
+
+        Raises:
+            ValueError: `memory` is given, but the wrapped cell has no `inject`.
+        """
         shared = SharedWeights(hold_weights(self.cell)) if weights is None else weights
         inject: Callable[..., Any] | None = getattr(self.cell, "inject", None)
         if inject is not None:

@@ -11,6 +11,11 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 def sinusoidal_positions(num_positions: int, d_model: int, *, like: Tensor) -> Tensor:
     """Return encodings of the distances `num_positions - 1, ..., 1, 0`, `(S, D)`: sines, then cosines.
 
+    Args:
+        num_positions: Number of distances, S.
+        d_model: Number of channels, D.
+        like: Tensor whose dtype and device the encodings get.
+
     Raises:
         ValueError: `d_model` is odd.
     """
@@ -24,9 +29,14 @@ def sinusoidal_positions(num_positions: int, d_model: int, *, like: Tensor) -> T
 
 
 def causal_mask(num_queries: int, num_keys: int, *, window: int | None = None, like: Tensor) -> Tensor:
-    """Additive mask `(T, S)`: `-inf` where a key lies after its query, or `window` positions or more before it.
+    """Return the additive mask `(T, S)` of causal attention, whose queries are the last `num_queries` keys.
 
-    The queries are the last `num_queries` keys.
+    Args:
+        num_queries: Number of queries, T.
+        num_keys: Number of keys, S.
+        window: The mask is `-inf` where a key lies this many positions or more before its query; None for no limit.
+            It is always `-inf` where a key lies after its query.
+        like: Tensor whose dtype and device the mask gets.
     """
     mask = torch.full((num_queries, num_keys), -torch.inf, dtype=like.dtype, device=like.device)
     own = num_keys - num_queries
@@ -35,7 +45,7 @@ def causal_mask(num_queries: int, num_keys: int, *, window: int | None = None, l
 
 
 def relative_shift(scores: Tensor) -> Tensor:
-    """Scores by distance `(B, H, T, S)` moved to scores by key: row `i` shifts left by `T - 1 - i`.
+    """Return scores by key from scores by distance, `(B, H, T, S)`: row `i` shifts left by `T - 1 - i`.
 
     Column `s` of the argument belongs to the distance `S - 1 - s`. Entries after the query's own position are without
     meaning, and have to be masked.

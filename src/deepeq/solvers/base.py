@@ -87,4 +87,11 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, z: Tensor, fz: Tensor, g: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Return the next point to evaluate, `(B, N)`, and the state after it."""
+        """Return the next point to evaluate, `(B, N)`, and the state after it.
+
+        Args:
+            z: The point that was evaluated last, `(B, N)`.
+            fz: Its value `f(z)`.
+            g: Its residual `f(z) - z`.
+            state: What `init` or the last `step` returned.
+        """

@@ -54,7 +54,13 @@ class Basis(NamedTuple):
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def add(self, w: Tensor, coefficients: Tensor, *, sign: int = 1) -> Tensor:
-        """Return `w` plus, or minus, the sum of the vectors with these coefficients, `(B, size)`."""
+        """Return `w` plus, or minus, a combination of the vectors.
+
+        Args:
+            w: Vectors `(B, N)`.
+            coefficients: Coefficients of the combination, `(B, size)`.
+            sign: 1 for plus, -1 for minus.
+        """
         parts = self.parts()
         for part, row in zip(parts, coefficients.split([part.shape[1] for part in parts], dim=1), strict=True):
             if _is_small(part):

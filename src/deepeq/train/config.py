@@ -133,9 +133,14 @@ class EquilibriumConfig:
         return self._in_pieces(Equilibrium(solver=solver, on_failure="ignore", verify=False))
 
     def jacobian_weight_at(self, step: int, num_steps: int, validations: Sequence[float] = ()) -> float:
-        """Return the weight of the Jacobian penalty at a step counted from 0; 0 for a step without the penalty.
+        """Return the weight of the Jacobian penalty at a step; 0 for a step without the penalty.
 
         The steps with the penalty are spread evenly without a random number, so a resumed run takes the same ones.
+
+        Args:
+            step: Step of training, counted from 0.
+            num_steps: Number of steps of the run.
+            validations: Losses of the validations so far.
         """
         fraction = self.jacobian_fraction
         if math.floor((step + 1) * fraction) == math.floor(step * fraction):
@@ -306,7 +311,13 @@ class RunConfig:
     def training_how(
         self, step: int, validations: Sequence[float], on_backward: Callable[[Solution], None]
     ) -> How | None:
-        """Return how a training step solves, as `EquilibriumConfig.training_how`; None for an explicit network."""
+        """Return how a training step solves; None for an explicit network.
+
+        Args:
+            step: Step of training, counted from 0.
+            validations: Losses of the validations so far.
+            on_backward: Called with the Solution of each backward solve.
+        """
         if self.model.depth:
             return None
         return self.equilibrium.training_how(step, self.train.steps, validations, on_backward=on_backward)

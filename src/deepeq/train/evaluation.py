@@ -73,7 +73,13 @@ class Averages:
         self._maxima = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["maxima"].items()}
 
     def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
-        """Add a scalar with a weight to a mean."""
+        """Add a scalar to a mean.
+
+        Args:
+            name: Name of the mean.
+            value: The scalar.
+            weight: Its weight in the mean.
+        """
         total, weights = self._sums.get(name, (torch.zeros_like(value, dtype=torch.float64), 0.0))
         self._sums[name] = (total.to(value.device) + value.detach().double() * weight, weights + weight)
 

@@ -218,7 +218,13 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin):
         return cls(trained, "" if card is None else card.read_text(encoding="utf-8"))
 
     def forward(self, tokens: Tensor, memory: Any = None, targets: Tensor | None = None) -> ModelOutput:
-        """Predict the token after each of `tokens` `(B, T)`, as `LanguageModel` does."""
+        """Predict the token after each token, as `LanguageModel` does.
+
+        Args:
+            tokens: Ids `(B, T)`.
+            memory: Memory of the tokens before.
+            targets: Ids of the next tokens, `(B, T)`, for the loss.
+        """
         return self.model(tokens, memory, targets, how=self.trained.how)
 
     def generate(
