@@ -41,7 +41,7 @@ FILES = {
     "ptb": "2026-11-21_2-core-cpu_ptb/ptb.json",
     "ptb_transformer": "2026-11-21_2-core-cpu_ptb_transformer/result.json",
     "ptb_trellisnet": "2026-11-21_2-core-cpu_ptb_trellisnet/result.json",
-    "quickstart": "2026-11-21_2-core-cpu_quickstart/result.json",
+    "quickstart": "2026-11-27_2-core-cpu_quickstart/result.json",
     "root_finding": "2026-11-26_2-core-cpu_root_finding/root_finding.json",
     "runtime": "2026-11-21_2-core-cpu_runtime/runtime.json",
     "solvers": "2026-11-21_2-core-cpu_solvers/solvers.json",
