@@ -24,7 +24,7 @@ lint: $(VENV)/train,dev,docs,examples.stamp  ## Check format, lint, types and th
 	@$(BIN)/lint-imports
 
 smoke: $(VENV)/train.stamp  ## Train every recipe for two cores for a few steps
-	@.ci/smoke
+	@$(BIN)/python .ci/smoke.py
 
 bench: $(VENV)/train,bench.stamp  ## Run one benchmark: make bench NAME=solvers ARGS="--run DIR"
 	@$(BIN)/python benchmarks/$(NAME).py --out benchmarks/results $(ARGS)

@@ -112,6 +112,29 @@ def test_every_option_of_a_public_dataclass_is_documented():
                 assert documented, f"{name}.{statement.target.id}"
 
 
+def test_parts_are_imported_at_their_first_use():
+    code = """
+import sys
+import deepeq
+assert "torch" not in sys.modules
+deepeq.nn.weight_norm, deepeq.models.TransformerConfig, deepeq.packing.Norm, deepeq.universality.stack
+assert set(deepeq.__all__) <= set(dir(deepeq))
+assert not hasattr(deepeq, "nothing")
+from deepeq import *
+assert DEQ is deepeq.layers.DEQ
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_for_type_checkers_are_those_at_run_time():
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == {name: f"deepeq.{home}" for home, names in deepeq._HOMES.items() for name in names}
+    assert sorted(typed) == sorted(deepeq.__all__)
+
+
 def test_version_matches_the_distribution():
     pyproject = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())
     assert deepeq.__version__ == pyproject["project"]["version"]

@@ -2,6 +2,7 @@
 
 import sys
 
-from deepeq.cli import main
+from deepeq.command import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,6 @@ from typing import NoReturn
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from deepeq import __version__
 from deepeq.data import PUBLISHED, Tokenizer, prepare_corpus
 from deepeq.models import generate
 from deepeq.solution import ConvergenceError
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser()
     try:
         parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
-        _, run, _ = _COMMANDS[parsed.subcommand]
+        _, run = _COMMANDS[parsed.subcommand]
         run(parsed[parsed.subcommand])
         return 0
     except (TrainingError, ConvergenceError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
@@ -56,21 +55,48 @@ def _fail(code: int, message: object) -> int:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(short_error(message), ex)
+        if not self.exit_on_error:  # a part of the parser, whose error the whole of it reports
+            super().error(message, ex)
+        required = "the following arguments are required: "
+        if message.startswith(required):
+            names = message.removeprefix(required)
+            message = f"give {' and '.join(_as_typed(name) for name in names.split(', '))}"
+        raise SystemExit(_fail(2, short_error(message, self.format_help())))
+
+
+def _as_typed(name: str) -> str:
+    """Return a required argument, which the parsing library calls `COMMAND.NAME`, as users type it."""
+    command, _, option = name.partition(".")
+    build, _ = _COMMANDS[command]
+    return f"--{option}" if f"--{option} " in build().format_help() else option.upper()
+
+
+class _TrainParser(_Parser):
+    FIRST = ("--config", "--run.dir", "--resume", "--data.files", "--data.unit", "--model.depth", "--optimizer.lr")
+    FIRST += ("--train.steps", "--train.batch_size", "--train.segment_len")
+
+    def format_help(self) -> str:
+        """Return the help, which begins with the options that most runs need."""
+        actions = {name: action for action in self._actions for name in action.option_strings}
+        if not actions.keys() >= {*self.FIRST}:  # the parsing library makes parsers of this class for parts of a recipe
+            return super().format_help()
+        lines = [f"  {name:22}{str(actions[name].help).partition('. ')[0].rstrip('.')}" for name in self.FIRST]
+        usage, _, rest = super().format_help().partition("\n\n")
+        return "\n".join([usage, "", "the options that most runs need:", *lines, "", rest])
 
 
 @cache
 def command_parser() -> ArgumentParser:
     """Return the parser of the command `deepeq`; building it takes longer than parsing."""
-    parser = _Parser(prog="deepeq", description="Deep equilibrium models.", version=__version__)
+    parser = _Parser(prog="deepeq", description="Deep equilibrium models.")
     commands = parser.add_subcommands(dest="subcommand")
-    for name, (build, _, help_text) in _COMMANDS.items():
-        commands.add_subcommand(name, build(), help=help_text)
+    for name, (build, _) in _COMMANDS.items():
+        commands.add_subcommand(name, build())
     return parser
 
 
 def _train_parser() -> ArgumentParser:
-    parser = _Parser(
+    parser = _TrainParser(
         description="Train a language model; the last line of stdout is its result as JSON.",
         usage="deepeq train --config RECIPE [--FIELD VALUE ...]    (deepeq train --help lists the fields)",
     )
@@ -145,6 +171,10 @@ def _model_parser(description: str) -> ArgumentParser:
 
 
 def _train(arguments: Namespace) -> None:
+    if not arguments.config and arguments.resume == "no":
+        raise ValueError(
+            "train needs a recipe; give --config FILE, such as recipes/quickstart.yaml or the config.yaml of a run"
+        )
     result = train(run_config(arguments), resume=arguments.resume)
     if result is not None:  # of several processes, the first one has it
         print(json.dumps(result))
@@ -223,12 +253,12 @@ def _plot(arguments: Namespace) -> None:
 
 
 _COMMANDS = {
-    "train": (_train_parser, _train, "train a language model from a recipe"),
-    "eval": (_eval_parser, _eval, "evaluate a model"),
-    "generate": (_generate_parser, _generate, "continue a text"),
-    "info": (_info_parser, _info, "sizes and costs of a model"),
-    "data": (_data_parser, _data, "prepare a corpus"),
-    "export": (_export_parser, _export, "copy a model out of its run"),
-    "plot": (_plot_parser, _plot, "draw figures"),
+    "train": (_train_parser, _train),
+    "eval": (_eval_parser, _eval),
+    "generate": (_generate_parser, _generate),
+    "info": (_info_parser, _info),
+    "data": (_data_parser, _data),
+    "export": (_export_parser, _export),
+    "plot": (_plot_parser, _plot),
 }
-"""The parser, the function and the help of each command."""
+"""The parser and the function of each command."""

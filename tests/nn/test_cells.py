@@ -70,7 +70,7 @@ def test_new_cells_are_contractions(kind: str) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("lr", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-2])
 def test_trained_cells_still_converge(kind: str, lr: float) -> None:
     torch.manual_seed(4)
     x = torch.randn(64, *SHAPES[kind])

@@ -1,17 +1,20 @@
 """What a run reports: rows, curves, and warnings with what they say."""
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from deepeq.train import RunConfig, read_metrics
-from deepeq.train.logging import MetricsFile, diagnostics, open_loggers
+from deepeq.train.logging import Display, MetricsFile, diagnostics, open_loggers
 from deepeq.train.recipe import to_plain
 from tests.train.conftest import with_train
 
@@ -271,3 +274,16 @@ def test_damaged_line_is_named_and_missing_file_too(tmp_path: Path) -> None:
         read_metrics(path)
     with pytest.raises(FileNotFoundError, match="is .* the folder of a run"):
         read_metrics(tmp_path / "nothing" / "metrics.jsonl")
+
+
+def test_display_keeps_step_and_times_first_and_metrics_below() -> None:
+    output = io.StringIO()
+    display = Display(1000, console=Console(file=output, force_terminal=True, width=80))
+    with display:
+        display.step(120)
+        display.metrics(120, "loss 1.523; " + "a long tail of numbers; " * 10)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", output.getvalue()).splitlines()
+    second = next(line for line in lines if line.startswith("loss 1.523"))
+    first = lines[lines.index(second) - 1]
+    assert re.search(r"step +120/1000 +12% +\S+ left, +\S+ elapsed", first)
+    assert max(map(len, lines[-3:])) <= 80

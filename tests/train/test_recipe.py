@@ -70,15 +70,16 @@ def test_saved_schedules_read_back_equal(config: RunConfig, schedule: Schedule, 
         ),
         (
             "model: {layer: {class_path: deepeq.models.TrellisConfig, init_args: {d_hiden: 10}}}",
-            "Problem with given class_path 'deepeq.models.TrellisConfig': Option 'd_hiden' is not accepted\n",
+            "deepeq.models.TrellisConfig has no field 'd_hiden'; did you mean d_hidden?\n",
         ),
         (
             "optimizer: {schedule: {class_path: deepeq.train.Plateu}}",
-            "Problem with given class_path 'deepeq.train.Plateu': module 'deepeq.train' has no attribute 'Plateu'\n",
+            "optimizer.schedule='deepeq.train.Plateu' must be one of Constant, Linear, Geometric, Cosine, Drops, "
+            "Plateau, NonMonotone\n",
         ),
         (
             "optimizer: {schedule: {class_path: deepeq.train.Plateau, init_args: {patient: 2}}}",
-            "Problem with given class_path 'deepeq.train.Plateau': Option 'patient' is not accepted\n",
+            "deepeq.train.Plateau has no field 'patient'; did you mean patience?\n",
         ),
         (
             "optimizer: {schedule: {class_path: deepeq.train.Plateau, init_args: {patience: -2, multiplier: 2}}}",

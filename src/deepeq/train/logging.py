@@ -16,8 +16,15 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 # This import brings no wandb: the logger imports it at its first use, because that takes time and few have it.
 from lightning.pytorch.loggers.wandb import WandbLogger
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -192,14 +199,24 @@ def _wandb_id(folder: Path, step: int) -> str:
     return run_id
 
 
+class _TwoLines(Progress):
+    """The bar, and the newest metrics in a line below it, where they cannot push the times off the screen."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 class Display:
     """Progress of a number of steps on stderr, as a context manager: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, num_steps: int, *, enabled: bool = True) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not enabled)
+    def __init__(self, num_steps: int, *, enabled: bool = True, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=not enabled)
         self._num_steps = num_steps
-        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.description}"), console=self.console, transient=True)
+        columns = ("step", MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn(), "left,")
+        columns += (TimeElapsedColumn(), "elapsed", BarColumn(bar_width=20))
+        self._progress = _TwoLines(*columns, console=self.console, transient=True)
         self._task = self._progress.add_task("", total=num_steps)
 
     def __enter__(self) -> Self:

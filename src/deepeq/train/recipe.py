@@ -3,10 +3,12 @@
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,14 +17,17 @@ from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from deepeq.files import write_atomically
-from deepeq.models import LayerConfig
-from deepeq.solvers import Solver
+from deepeq.models import CellConfig, LayerConfig
+from deepeq.solvers import GMRES, Anderson, Broyden, ConjugateGradient, FixedPointIteration, NewtonKrylov, Solver
 from deepeq.train.config import RunConfig
 from deepeq.train.schedules import Schedule
 
 # A recipe may name the classes of this library and nothing else: a foreign one must not run code.
 set_parsing_settings(
-    import_path_denylist=["*"], import_path_allowlist=["deepeq"], docstring_parse_attribute_docstrings=True
+    import_path_denylist=["*"],
+    import_path_allowlist=["deepeq"],
+    docstring_parse_attribute_docstrings=True,
+    add_print_completion_argument=True,
 )
 
 Resume = Literal["no", "yes", "auto"]
@@ -43,9 +48,18 @@ RENAMED = {
 
 _REJECTED = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does|[Dd]oes|does) not accept option '(?P<option>[\w.]+)'"
-    r"|(?:unrecognized arguments|ambiguous option): --(?P<argument>[\w.]+)"
+    r"|(?:unrecognized arguments|ambiguous option): (?P<dashes>--)(?P<argument>[\w.]+)"
     r"|Option '(?P<name>[\w.]+)' is not accepted"
 )
+_FIELD = re.compile(r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
+_CLASS = re.compile(
+    r'key "(?P<key>[\w.]+)".*?(?:Expected a dot import path string: |class_path \')(?P<value>[\w.]+)', re.DOTALL
+)
+_CHOICE = re.compile(
+    r'key "(?P<key>[\w.]+)":\s+Expected a typing\.Literal\[(?P<choices>.*?)\]\. Got value: (?P<value>.*)'
+)
+_TYPE = re.compile(r'key "(?P<key>[\w.]+)":\s+Expected a <class \'(?P<type>\w+)\'>\. Got value: (?P<value>.*)')
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _CHECKPOINT = re.compile(r"step-\d+")
 _TEMPORARY = ".tmp"
 
@@ -113,19 +127,65 @@ def to_plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def short_error(message: str) -> str:
-    """Reduce an error of the parsing library to the sentence about the user's mistake, in one line."""
-    rejected = _REJECTED.search(message)
-    if rejected is not None:
-        name = ".".join(".".join(filter(None, rejected.groups())).split(".")[:2])
-        if name in RENAMED:
-            return f"{name} of version 0.1 is now called {RENAMED[name]}; rename it"
+def short_error(message: str, options: str = "") -> str:
+    """Reduce an error of the parsing library to a sentence about the user's mistake.
+
+    Args:
+        message: The error.
+        options: The help of the command, which names its options; default that of a recipe.
+    """
+    if (found := _FIELD.search(message)) is not None:
+        path, name = found.groups()
+        known = [part.name for part in fields(_class(path))]
+        return f"{path} has no field {name!r}; {_nearest(name, known) or 'it has ' + ', '.join(known)}"
+    if (found := _REJECTED.search(message)) is not None:
+        dashes = found["dashes"] or ""
+        name = ".".join(found[part] for part in ("group", "option", "argument", "name") if found[part])
+        old = ".".join(name.split(".")[:2])
+        if old in RENAMED:
+            return f"{old} of version 0.1 is now called {RENAMED[old]}; rename it"
+        known = re.findall(r"--([\w.]+)", options or recipe_parser().format_help())
+        hint = _nearest(name, known, dashes) or f"{dashes}help lists them" if dashes else _nearest(name, known)
+        return f"there is no {'option' if dashes else 'field'} {dashes}{name}{hint and '; ' + hint}"
+    if (found := _CHOICE.search(message)) is not None:
+        choices = found["choices"].replace("'", "")
+        return f"{found['key']}={found['value']!r} must be one of {choices}"
+    if (found := _TYPE.search(message)) is not None:
+        return f"{found['key']}={found['value']!r} must be {_TYPES.get(found['type'], found['type'])}"
+    found = _CLASS.search(message)
+    if found is not None and found["value"].rpartition(".")[2] not in _classes(found["key"]):
+        return f"{found['key']}={found['value']!r} must be one of {', '.join(_classes(found['key']))}"
     before, union, rest = message.partition("Does not validate against any of the Union subtypes")
     if union:
         errors = rest.partition("Errors:")[2].partition("Given value type:")[0]
         sentences = [" ".join(part.split()) for part in re.split(r"\n *- ", errors)]
         message = f"{before} {'; '.join(part for part in sentences if part and 'NoneType' not in part)}"
     return " ".join(message.split())
+
+
+def _nearest(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """Return a question for the known name that is most like a wrong one, or an empty string."""
+    known = list(known)
+    ends = [each for each in known if each.endswith(f".{name}")]
+    near = ends[:1] or get_close_matches(name, known, n=1)
+    return f"did you mean {dashes}{near[0]}?" if near else ""
+
+
+def _classes(key: str) -> list[str]:
+    """Return the names of the classes that a field takes."""
+    if key.endswith("solver"):
+        linear = [GMRES, ConjugateGradient] if key.endswith("backward_solver") else []
+        kinds: Sequence[type] = [Anderson, Broyden, FixedPointIteration, NewtonKrylov, *linear]
+    elif key.endswith("schedule"):
+        kinds = Schedule.__subclasses__()
+    else:
+        kinds = [kind for base in (LayerConfig, CellConfig) for kind in base.__subclasses__() if kind != CellConfig]
+    return [kind.__name__ for kind in kinds]
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 class RunFolder:
