@@ -364,6 +364,89 @@ def test_iteration_that_leaves_its_best_point_asks_for_a_safer_one():
     assert "NewtonKrylov" in said
 
 
+def test_iteration_that_grows_without_bound_is_not_said_to_stand_still():
+    matrix = 2.0 * torch.tensor([[0.0, -1.0], [1.0, 0.0]])  # the relative residual of growing states stays the same
+    said = message(lambda z: z @ matrix + 1.0, torch.zeros(1, 2), FixedPointIteration(max_steps=25))
+    assert "moves away from its best point" in said
+    assert "stopped falling" not in said
+
+
+@pytest.mark.parametrize(("batch_size", "width"), [(1, 32), (1, 512), (8, 16)])
+@pytest.mark.parametrize("graph", [False, True])
+def test_ordinary_dropout_is_named(batch_size: int, width: int, graph: bool) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(width, width), torch.randn(batch_size, width)
+    with (
+        torch.set_grad_enabled(graph),
+        pytest.warns(ConvergenceWarning, match="draws random numbers, as ordinary drop"),
+    ):
+        fixed_point(lambda z: torch.dropout(torch.tanh(0.3 * linear(z) + x), 0.3, True), torch.zeros_like(x))
+
+
+def test_a_failing_map_that_is_not_random_is_not_called_random() -> None:
+    weight = torch.linalg.qr(torch.randn(16, 16))[0]
+    with pytest.warns(ConvergenceWarning) as caught:
+        solution = fixed_point(
+            lambda z: torch.tanh(3 * z @ weight + 1.0), torch.zeros(2, 16), solver=Broyden(max_steps=4)
+        )
+    assert "random" not in str(caught[0].message)
+    assert solution.num_evals == 4 + 1 + 2  # the graph, and two for the question whether the map is random
+
+
+def test_state_of_several_tensors_is_one_argument() -> None:
+    with pytest.raises(
+        TypeError, match=r"f is called with the whole state as one argument, here a tuple of 2; take one"
+    ):
+        fixed_point(lambda a, b: (0.5 * a, 0.5 * b), (torch.ones(2, 3), torch.ones(2, 1)))
+
+
+def test_injection_of_another_width_is_named() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(32, 32)
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(self.mix(z) + x)
+
+    sentence = r"fails at the first state, of shape \(4, 64\): .*; if the state has another shape, give z0, or define"
+    with pytest.raises(RuntimeError, match=sentence):
+        DEQ(Cell())(torch.randn(4, 64))
+
+
+def test_error_of_the_map_itself_passes_unchanged() -> None:
+    with pytest.raises(TypeError, match="^mine$"):
+        fixed_point(lambda z: (_ for _ in ()).throw(TypeError("mine")), torch.ones(2, 3))
+    with pytest.raises(KeyError, match="mine"):
+        fixed_point(lambda z: {}["mine"], torch.ones(2, 3))
+
+
+def test_vector_that_is_taken_for_a_batch_is_named() -> None:
+    weight = 2.0 * torch.linalg.qr(torch.randn(16, 16))[0]
+    said = message(lambda z: torch.tanh(weight @ z + 1.0), torch.zeros(16), Broyden(max_steps=20))
+    assert "give z0 the shape (1, 16), or set batch_dims=0" in said
+
+
+def test_step_that_returns_one_value_is_named() -> None:
+    class Half(FixedPointIteration):
+        def step(self, z, fz, g, state):  # type: ignore[override]
+            return z + 0.5 * g
+
+    with pytest.raises(TypeError, match=r"step of Half must return two values, .* got Tensor"):
+        fixed_point(torch.cos, torch.zeros(3, 2), solver=Half())
+
+
+def test_solution_prints_as_one_line() -> None:
+    solution = fixed_point(torch.cos, torch.zeros(5, 3), solver=Broyden())
+    steps = int(solution.num_steps.max())
+    worst = float(solution.relative_residual.max())
+    assert str(solution) == f"Solution(CONVERGED, 5 problems, {steps + 1} evaluations, worst residual {worst:.1e})"
+    assert str(solution) == repr(solution)
+    with torch.no_grad():
+        single = fixed_point(torch.cos, torch.zeros(1, 3), solver=Broyden(max_steps=1), on_failure="ignore")
+    assert str(single).startswith("Solution(MAX_STEPS, 1 problem, ")
+
+
 def test_iteration_that_is_still_falling_asks_for_steps():
     assert message(slow, torch.zeros(2, 1), FixedPointIteration(rtol=1e-6, max_steps=25)).endswith(
         "the residual is still falling: raise max_steps, or loosen rtol"

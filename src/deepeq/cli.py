@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import HelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
@@ -75,13 +76,14 @@ class _TrainParser(_Parser):
     FIRST = ("--config", "--run.dir", "--resume", "--data.files", "--data.unit", "--model.depth", "--optimizer.lr")
     FIRST += ("--train.steps", "--train.batch_size", "--train.segment_len")
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Return the help, which begins with the options that most runs need."""
+        text = super().format_help() if formatter is None else super().format_help(formatter)
         actions = {name: action for action in self._actions for name in action.option_strings}
         if not actions.keys() >= {*self.FIRST}:  # the parsing library makes parsers of this class for parts of a recipe
-            return super().format_help()
+            return text
         lines = [f"  {name:22}{str(actions[name].help).partition('. ')[0].rstrip('.')}" for name in self.FIRST]
-        usage, _, rest = super().format_help().partition("\n\n")
+        usage, _, rest = text.partition("\n\n")
         return "\n".join([usage, "", "the options that most runs need:", *lines, "", rest])
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,14 +41,14 @@ def report(message: str, solution: Solution, on_failure: OnFailure) -> None:
 
 
 def explain_steps(
-    solution: Solution, solver: Solver, first: Tensor, *, kind: Kind = "fixed point", resolution: float = 0.0
+    solution: Solution, solver: Solver, absolute: Tensor, *, kind: Kind = "fixed point", resolution: float = 0.0
 ) -> str:
     """Return why the worst problem may have missed its tolerance, and what to change.
 
     Args:
         solution: A solution that did not converge.
         solver: The solver that found it.
-        first: Absolute residual of each problem at the first point, `(B,)`.
+        absolute: Absolute residual of each problem at each step, `(steps, B)`.
         kind: What was searched for; "linear" is the affine fixed point of a backward pass.
         resolution: Relative rounding of the map, where it is coarser than the dtype of the solution.
     """
@@ -65,26 +65,30 @@ def explain_steps(
         other = "" if isinstance(solver, GMRES) else ", or take GMRES()"
         generic = f"raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits){other}"
         return f"{reached}; {solver.advice(len(solution.residual_history)) or generic}"
-    return f"{reached}; {_advice(solution, solver, worst, float(first[worst]), kind, resolution)}"
+    return (
+        f"{reached}; {_about_vectors(solution)}{_advice(solution, solver, worst, absolute[:, worst], kind, resolution)}"
+    )
 
 
-def _advice(solution: Solution, solver: Solver, worst: int, first: float, kind: Kind, resolution: float) -> str:
-    history = solution.residual_history[:, worst]
+def _advice(solution: Solution, solver: Solver, worst: int, sizes: Tensor, kind: Kind, resolution: float) -> str:
+    history, sizes = (row.nan_to_num(torch.inf) for row in (solution.residual_history[:, worst], sizes))
     residual, absolute = float(solution.relative_residual[worst]), float(solution.absolute_residual[worst])
-    history = torch.where(torch.isfinite(history), history, torch.inf)
     half = len(history) // 2
-    last, least = float(history[-1]), float(history.min())
     own = solver.advice(len(history))
-    if len(history) > 2 and not last <= 10 * least:
-        away = "the iteration moves away from its best point: try damping, a normalization inside the map"
+    # Of a state that grows without bound, the relative residual stays the same.
+    if len(history) > 2 and not all(row[-1] <= 10 * row.min() for row in (history, sizes)):
         others = [other for other in _SAFER if not other.startswith(type(solver).__name__)]
-        return f"{own}; {away}, or {' or '.join(others)}" if own else f"{away}, or {' or '.join(others)}"
+        away = (
+            "the iteration moves away from its best point: try damping, a normalization inside the map, or "
+            f"{' or '.join(others)}"
+        )
+        return f"{away}. Besides, {own}" if own else away
     if half and float(history[half:].min()) < 0.5 * float(history[:half].min()):
         falling = "the residual is still falling: raise max_steps, or loosen rtol"
-        return f"{falling}; {own}" if own else falling
+        return f"{falling}. If that does not help, {own}" if own else falling
     if residual <= max(30 * torch.finfo(solution.relative_residual.dtype).eps, 2 * resolution):
         return "the residual is at rounding level: raise rtol (to 1e-2 where f works in 16 bits), or use a wider dtype"
-    if kind == "fixed point" and residual > 0.1 and absolute < 1e-3 * first:
+    if kind == "fixed point" and residual > 0.1 and absolute < 1e-3 * float(sizes[0]):
         return "the equilibrium seems to be near zero, where a relative residual says little: set atol"
     if own:
         return own
@@ -93,6 +97,16 @@ def _advice(solution: Solution, solver: Solver, worst: int, first: float, kind: 
     if kind == "root":
         remedy = "start elsewhere, or divide g and z by their typical sizes"
     return f"the residual has stopped falling: loosen rtol, try {' or '.join(others)}, or {remedy}"
+
+
+def _about_vectors(solution: Solution) -> str:
+    count, size = solution.value.shape
+    if size > 1 or count == 1:
+        return ""
+    return (
+        f"each of the {count} numbers of the state was taken for a problem of its own: if they are one vector, give z0 "
+        f"the shape (1, {count}), or set batch_dims=0. If they are not: "
+    )
 
 
 _SAFER = ("Broyden(line_search_steps=5)", "NewtonKrylov()")
@@ -131,4 +145,39 @@ def explain_inconsistency(solution: Solution, name: str) -> str:
             f"the state was taken for {num_problems} independent problems, but they depend on each other: set "
             f"batch_dims=0 for one coupled state, or segments for ragged problems. Or {causes}"
         )
-    return f"the residual of {name} at the returned state is {worst:.1e}, more than the search had measured; {causes}"
+    return (
+        f"evaluated again at the returned state, {name} has residuals up to {worst:.1e}, which differ from those of "
+        f"the search; {_about_vectors(solution)}{causes}"
+    )
+
+
+def explain_randomness(name: str) -> str:
+    """Return that two evaluations at one point differ as much as the residual that is left."""
+    return (
+        f"two evaluations of {name} at the same state differ, so there is no equilibrium to find: {name} draws random "
+        "numbers, as ordinary dropout does. Draw them once per solve (deepeq.nn.VariationalDropout, or in "
+        "inject), or call eval()"
+    )
+
+
+def explain_error(error: Exception, name: str, state: Any) -> str:
+    """Return what the first evaluation was called with, where that may be why it failed; else an empty string.
+
+    Args:
+        error: What the function raised.
+        name: What was evaluated.
+        state: The first state.
+    """
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple | list) else (state,)
+    shapes = ", ".join(str(tuple(part.shape)) for part in parts if isinstance(part, Tensor))
+    if isinstance(error, TypeError) and "positional argument" in str(error) and not isinstance(state, Tensor):
+        return (
+            f"{name} is called with the whole state as one argument, here a {type(state).__name__} of {len(state)}; "
+            f"take one argument and unpack it inside {name} ({error})"
+        )
+    if isinstance(error, RuntimeError) and ("shape" in str(error) or "size" in str(error)):
+        return (
+            f"{name} fails at the first state, of shape {shapes}: {error}. A layer starts from zeros shaped like its "
+            "input; if the state has another shape, give z0, or define initial_state(x) in the cell"
+        )
+    return ""

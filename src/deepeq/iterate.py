@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,9 +84,9 @@ def iterate(
                 rule = rule.bind(evaluate.residual_in(unit))
                 state = rule.init(z if unit is None else z / unit)
             if unit is None:
-                z_next, state = rule.step(z, fz, g, state)
+                z_next, state = _next(rule, z, fz, g, state)
             else:
-                z_next, state = rule.step(z / unit, fz / unit, g / unit, state)
+                z_next, state = _next(rule, z / unit, fz / unit, g / unit, state)
                 z_next = z_next * unit
             z = _counting(search.next_point(z_next))
             del z_next, fz, g, measured  # so that the next evaluation has their memory
@@ -100,6 +100,16 @@ def iterate(
         if problem.verify and joint is not None:
             solution = reconcile(solution, joint, problem)
     return solution._replace(kept=tuple(kept.get(step, (search.value, None)) for step in keep))
+
+
+def _next(rule: Solver, z: Tensor, fz: Tensor, g: Tensor, state: Any) -> tuple[Tensor, Any]:
+    result = rule.step(z, fz, g, state)
+    if isinstance(result, tuple) and len(result) == 2 and getattr(result[0], "shape", None) == z.shape:
+        return result
+    raise TypeError(
+        f"step of {type(rule).__name__} must return two values, the next z of shape {tuple(z.shape)} and the state "
+        f"after it (None if it has none), got {type(result).__name__}"
+    )
 
 
 class _Search:
@@ -164,7 +174,7 @@ class _Search:
             solution = Solution(
                 self.value, unknown, unknown < 0, steps, num_evals, Result.MAX_STEPS, history, absolute_residual=unknown
             )
-            return solution._replace(message=explain_steps(solution, self._solver, unknown)), None
+            return solution._replace(message=explain_steps(solution, self._solver, history)), None
         number = torch.arange(1, len(self.log) + 1, device=self.value.device).unsqueeze(1)  # of each step
         num_steps = torch.stack(self._ran).sum(dim=0)
         best_step = (torch.stack(self._improved) * number).amax(dim=0)  # 0: the first point was not finite
@@ -192,7 +202,7 @@ class _Search:
             message = explain_steps(
                 solution,
                 self._solver,
-                self.log[0].absolute,
+                absolute,
                 kind="linear" if problem.linear else "root" if problem.root else "fixed point",
                 resolution=problem.resolution,
             )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from deepeq.cell import prepare
 from deepeq.deq import Callback, Equilibrium, How, Pieces, Stack, require_pieces
 from deepeq.diagnosis import OnFailure
 from deepeq.packing import Norm
-from deepeq.solution import Solution
+from deepeq.solution import Solution, State
 from deepeq.solve import Nonfinite, without_compiling
 from deepeq.solvers import Broyden, Solver
 
@@ -125,6 +125,38 @@ class DEQ(Layer):
         how = _with_rules(self.how, solver, adjoint)
         return how(self.cell, x, z0, memory, segments=segments, keep=keep, callback=callback)
 
+    if TYPE_CHECKING:  # nn.Module says that a call returns anything
+
+        @overload
+        def __call__(
+            self,
+            x: Any,
+            z0: None = None,
+            memory: Any = None,
+            *,
+            solver: Solver | None = None,
+            adjoint: Adjoint | None = None,
+            segments: Tensor | None = None,
+            keep: Sequence[int] = (),
+            callback: Callback | None = None,
+        ) -> Solution[Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Any,
+            z0: State,
+            memory: Any = None,
+            *,
+            solver: Solver | None = None,
+            adjoint: Adjoint | None = None,
+            segments: Tensor | None = None,
+            keep: Sequence[int] = (),
+            callback: Callback | None = None,
+        ) -> Solution[State]: ...
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
+
 
 class Unrolled(Layer):
     """The explicit stack of `depth` tied layers, `z <- cell(z, x)`; see `Stack`.
@@ -171,6 +203,16 @@ class Unrolled(Layer):
             memory: Memory of the cell, if it has one.
         """
         return self.how(self.cell, x, z0, memory)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, x: Any, z0: None = None, memory: Any = None) -> Solution[Tensor]: ...
+
+        @overload
+        def __call__(self, x: Any, z0: State, memory: Any = None) -> Solution[State]: ...
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
 
 class Subsequences(Layer):

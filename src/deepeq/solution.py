@@ -1,9 +1,11 @@
 """What a solve returns, and what it raises."""
 
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
+
+State = TypeVar("State")
 
 
 class Result(Enum):
@@ -20,14 +22,14 @@ class Result(Enum):
     )
 
 
-class Solution(NamedTuple):
+class Solution(NamedTuple, Generic[State]):
     """An equilibrium and how it was found.
 
     Numbers per problem are `(B,)`, for `B` problems; with `batch_dims >= 2` they have the leading shape of `z0`.
     Norms are those of the `norm` that the solve was given. A solve converged when every problem did.
     """
 
-    value: Any
+    value: State
     """The returned state, with the structure of `z0`; differentiable when gradients are enabled."""
     relative_residual: Tensor
     """Relative residual of the returned state: `||f(z) - z|| / ||f(z)||`, or `||g(z)|| / ||g(z0)||` for a root. `rtol`
@@ -44,7 +46,7 @@ class Solution(NamedTuple):
     """Relative residual at each step, `(steps, B)`; a problem that is done keeps its last one."""
     absolute_residual: Tensor
     """Absolute residual of the returned state: `||f(z) - z||`, or `||g(z)||` for a root. `atol` is compared with it."""
-    kept: tuple[Any, ...] = ()
+    kept: tuple[State, ...] = ()
     """States after the steps that `keep` named, or after earlier layers where an `Unrolled` was asked to keep them."""
     message: str = ""
     """What went wrong and what to change, in a sentence; empty where there is nothing to say."""
@@ -53,6 +55,14 @@ class Solution(NamedTuple):
     def residual(self) -> Tensor:
         """The relative residual, by its short name."""
         return self.relative_residual
+
+    def __repr__(self) -> str:
+        count = self.converged.numel()
+        worst = float(self.relative_residual.max()) if count else 0.0
+        return (
+            f"Solution({self.result.name}, {count} problem{'s' * (count != 1)}, {self.num_evals} "
+            f"evaluation{'s' * (self.num_evals != 1)}, worst residual {worst:.1e})"
+        )
 
 
 class ConvergenceError(RuntimeError):

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint
 from deepeq.checks import check_choice
-from deepeq.diagnosis import OnFailure, report
+from deepeq.diagnosis import OnFailure, explain_error, explain_randomness, report
 from deepeq.norms import safe_two_norm
 from deepeq.packing import Map, Norm, Packing
 from deepeq.problem import Problem
 from deepeq.scaling import automatic_scale
-from deepeq.solution import ConvergenceError, Result, Solution
+from deepeq.solution import ConvergenceError, Result, Solution, State
 from deepeq.solvers import Broyden, NewtonKrylov, Solver
 
 Nonfinite = Literal["raise", "keep"]
@@ -43,8 +43,8 @@ def without_compiling(function: Function) -> Function:
 
 @without_compiling
 def fixed_point(
-    f: Callable[[Any], Any],
-    z0: Any,
+    f: Callable[[State], State],
+    z0: State,
     *,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
@@ -57,7 +57,7 @@ def fixed_point(
     verify: bool = True,
     callback: Callable[[int, Any, Tensor], None] | None = None,
     throw: bool = False,
-) -> Solution:
+) -> Solution[State]:
     """Return the equilibrium `z* = f(z*)`, found from `z0`, problem by problem.
 
     Costs at most `solver.max_steps` evaluations of `f` (`NewtonKrylov` needs more per step), and one more with a graph
@@ -123,8 +123,8 @@ def fixed_point(
 
 @without_compiling
 def root_find(
-    g: Callable[[Any], Any],
-    z0: Any,
+    g: Callable[[State], State],
+    z0: State,
     *,
     solver: Solver | None = None,
     adjoint: Adjoint | None = None,
@@ -137,7 +137,7 @@ def root_find(
     verify: bool = True,
     callback: Callable[[int, Any, Tensor], None] | None = None,
     throw: bool = False,
-) -> Solution:
+) -> Solution[State]:
     """Return the root `g(z*) = 0` near `z0`.
 
     A problem has converged when `||g(z)|| <= atol + rtol ||g(z0)||`; neither the units of `g` nor the place of the
@@ -266,6 +266,9 @@ def _solve(
 
     solution = adjoint.solve(problem, z0, solver, keep=options.keep, on_step=on_step if observe else None)
     per_problem = packing.per_problem
+    failed = solution.result is Result.MAX_STEPS and bool(len(solution.residual_history))
+    if failed and problem.verify and options.on_failure != "ignore" and _is_random(problem, solution.value.detach()):
+        solution = solution._replace(message=explain_randomness(problem.name))
     solution = solution._replace(
         value=packing.unpack(solution.value),
         num_evals=function.num_calls,
@@ -282,6 +285,13 @@ def _solve(
     if solution.message:
         report(solution.message, solution, options.on_failure)
     return solution
+
+
+@torch.no_grad()
+def _is_random(problem: Problem, z: Tensor) -> bool:
+    """Return whether two evaluations at one point differ by a tenth of the residual or more."""
+    (a, g, _), (b, _, _) = problem.evaluate(z), problem.evaluate(z)
+    return bool((safe_two_norm(a - b) > 0.1 * safe_two_norm(g)).any())
 
 
 class _Watched:
@@ -303,7 +313,15 @@ class _Watched:
             return self._packing.pack(self._function(self._packing.unpack(flat)), self._name)
         version = None if flat.is_inference() else flat._version
         before = flat.detach().clone() if self.num_calls <= 2 else None
-        value = self._packing.pack(self._function(self._packing.unpack(flat)), self._name)
+        state = self._packing.unpack(flat)
+        try:
+            value = self._function(state)
+        except (RuntimeError, TypeError) as error:
+            sentence = explain_error(error, self._name, state) if self.num_calls == 1 else ""
+            if not sentence:
+                raise
+            raise type(error)(sentence) from error
+        value = self._packing.pack(value, self._name)
         changed = version is not None and flat._version != version
         if changed or (before is not None and not torch.equal(before.nan_to_num(), flat.detach().nan_to_num())):
             raise ValueError(
