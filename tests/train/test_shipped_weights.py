@@ -1,6 +1,7 @@
-"""The trained model of the paper's table 1 that the repository carries."""
+"""The trained models that the repository carries: that of the paper's table 1, and the quickstart's."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from deepeq import Anderson, Broyden, Equilibrium, FixedPointIteration, Solver
 from deepeq.data import CopyMemory, CopyMemoryConfig
-from deepeq.train import open_model
+from deepeq.train import PretrainedModel, open_model
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "pretrained" / "copy_memory"
@@ -62,3 +63,22 @@ def test_shipped_equilibrium_is_nearly_one_whichever_solver_looks_for_it(solver:
     # Where the map moves a state slowly, a small residual leaves it some room: one to two per cent.
     states = [solved.solution.value.flatten(1) for solved in (shipped, output)]
     assert ((states[1] - states[0]).norm(dim=1) <= 0.1 * states[0].norm(dim=1)).all()
+
+
+def test_shipped_quickstart_predicts_and_writes_text() -> None:
+    model = PretrainedModel.from_pretrained(ROOT / "pretrained" / "quickstart")
+    assert model.trained.unit == "character"
+    tokens = model.trained.tokenizer.encode("The class statement defines a class object. " * 6).unsqueeze(0)
+    with torch.no_grad():
+        output = model(tokens[:, :-1], None, tokens[:, 1:])
+    assert output.solution.converged.all()
+    assert float(output.nll.mean()) / math.log(2) < 3.0  # bits per character; a uniform guess has 6.7
+    text = model.generate("The ", num_tokens=40)
+    assert len(text) == 40
+    assert text == model.generate("The ", num_tokens=40)
+
+
+def test_card_of_the_quickstart_has_the_committed_result() -> None:
+    (result,) = sorted((ROOT / "benchmarks" / "results").glob("*_quickstart/result.json"))
+    bits = json.loads(result.read_text())["test_bits_per_character"]
+    assert f"value: {bits!r}\n" in (ROOT / "pretrained" / "quickstart" / "README.md").read_text()
