@@ -41,7 +41,7 @@ def compare(benchmark: Benchmark, plans: Mapping[str, Sequence[Planned]], paper:
         published = paper if arguments.size == "paper" else {}
         models = {outcome.name: describe(outcome, published.get(outcome.name)) for outcome in done}
         table = markdown(list(COLUMNS), [[row[field] for field in COLUMNS.values()] for row in models.values()])
-        benchmark.report({"finished": finished, "models": models}, table, draw(done))
+        benchmark.report({"finished": finished, "models": models}, table)
     continue_later(benchmark, len(done), len(chosen))
 
 
@@ -59,17 +59,25 @@ def describe(outcome: Outcome, paper: float | None) -> dict[str, Any]:
     }
 
 
-def draw(done: Sequence[Outcome]) -> Figure:
+def draw(result: dict[str, Any]) -> Figure:
     """Return a figure of validation perplexity against tokens and against time."""
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    figure = Figure(figsize=(11.0, 5.4), layout="constrained")
     against_tokens, against_time = figure.subplots(1, 2, sharey=True)
-    for outcome in done:
-        tokens, seconds, perplexities = zip(*outcome.valid, strict=True)
-        against_tokens.plot([count / 1e6 for count in tokens], perplexities, "o-", markersize=4, label=outcome.label)
-        against_time.plot([count / 60 for count in seconds], perplexities, "o-", markersize=4)
-    against_tokens.set(title="At equal tokens", xlabel="million tokens", ylabel="validation perplexity", yscale="log")
+    last = [model["validations"][-1]["perplexity"] for model in result["models"].values()]
+    most = 2.5 * max(last)  # what lies far above would squeeze the other curves
+    for model in result["models"].values():
+        rows = model["validations"]
+        perplexities = [row["perplexity"] for row in rows]
+        against_tokens.plot([row["tokens"] / 1e6 for row in rows], perplexities, "o-", label=model["label"])
+        against_time.plot([row["seconds"] / 60 for row in rows], perplexities, "o-")
+    quality = "validation perplexity (lower is better)"
+    against_tokens.set(title="At equal tokens", xlabel="million tokens", ylabel=quality, yscale="log")
     against_time.set(title="At equal time", xlabel="minutes of training, validation included")
     for axes in (against_tokens, against_time):
-        axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=3)
+        axes.set_ylim(0.9 * min(last), most)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    above = any(row["perplexity"] > most for model in result["models"].values() for row in model["validations"])
+    title = "curves that leave the picture are far above it; see the table" if above else None
+    figure.legend(loc="outside lower center", ncols=2, title=title)
     return figure

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn, TypeVar
 
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 
@@ -31,10 +32,13 @@ class Benchmark:
     Args:
         name: Name of the script, without `.py`.
         description: Documentation of the script, which `--help` prints.
+        draw: Returns the figure of the content of NAME.json; None for a benchmark without one.
     """
 
-    def __init__(self, name: str, description: str | None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, description: str | None, draw: Callable[[dict[str, Any]], Figure] | None = None
+    ) -> None:
+        self.name, self._draw = name, draw
         self.parser = argparse.ArgumentParser(
             prog=f"python benchmarks/{name}.py",
             description=description,
@@ -43,7 +47,16 @@ class Benchmark:
         self.parser.add_argument("--out", type=Path, required=True, help=f"folder for {name}.json and its table")
 
     def parse(self) -> argparse.Namespace:
-        """Return the arguments, and set denormal numbers to zero as training does."""
+        """Return the arguments, and set denormal numbers to zero as training does.
+
+        `--out DIR --redraw` draws the figure of the results in DIR again, and ends the script.
+        """
+        if self._draw is not None and "--redraw" in sys.argv:
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--out", type=Path, required=True)
+            parser.add_argument("--redraw", action="store_true")
+            self._save_figure(parser.parse_args().out)
+            raise SystemExit(0)
         self.arguments = self.parser.parse_args()
         torch.set_flush_denormal(True)
         return self.arguments
@@ -77,22 +90,27 @@ class Benchmark:
         if len(set(names)) < len(names):
             self.parser.error(f"--runs must be folders of different names, got {', '.join(names)}")
 
-    def report(self, result: Mapping[str, Any], table: str, figure: Figure | None = None) -> None:
+    def report(self, result: Mapping[str, Any], table: str) -> None:
         """Write the files, and show the table on stderr.
 
         Args:
             result: What was measured; the origin of the numbers is added.
             table: The content of NAME.md.
-            figure: The content of NAME.png, or None.
         """
         out: Path = self.arguments.out
         out.mkdir(parents=True, exist_ok=True)
         content = origin(command(self.name, self.arguments)) | dict(result)
         (out / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (out / f"{self.name}.md").write_text(table, encoding="utf-8")
-        if figure is not None:
-            figure.savefig(out / f"{self.name}.png", dpi=120)
+        self._save_figure(out)
         print(table, file=sys.stderr)
+
+    def _save_figure(self, out: Path) -> None:
+        """Draw what the file holds, so that the figure can be drawn again without measuring anything."""
+        if self._draw is not None:
+            content = json.loads((out / f"{self.name}.json").read_text(encoding="utf-8"))
+            with matplotlib.style.context("deepeq.style"):
+                self._draw(content).savefig(out / f"{self.name}.png")
 
 
 def command(name: str, arguments: argparse.Namespace) -> str:

@@ -239,9 +239,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(parts) + notes
 
 
-def draw(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
+def draw(result: dict[str, Any]) -> Figure:
     """Return a figure with panels of steps for each remark and base, of samples in a batch, and of quality."""
-    figure = Figure(figsize=(16, 8), layout="constrained")
+    rows = result["variants"]
+    figure = Figure(figsize=(24, 11.5), layout="constrained")
     panels = iter(figure.subplots(2, 4).flat)
     for variant in (variant for variant in VARIANTS if variant.remark and variant.base != "stack"):
         axes, remark = next(panels), variant.remark
@@ -251,9 +252,8 @@ def draw(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
             curve = row["curve"]
             axes.plot(curve["step"], curve["forward_steps"], color=f"C{index}", label=row["label"])
             axes.plot(curve["step"], curve["backward_steps"], ":", color=f"C{index}")
-            axes.legend(title="solid: forward, dotted: backward", fontsize=8, title_fontsize=8, loc="upper left")
+            axes.legend(title="solid: forward, dotted: backward", loc="upper left")
         axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
-        axes.grid(alpha=0.3)
     _draw_imbalance(next(panels), rows)
     _draw_quality(next(panels), rows)
     return figure
@@ -269,23 +269,22 @@ def _draw_imbalance(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
         label = f"{row['label']}, mean {float(steps.mean()):.1f}"
         axes.hist(ratios, bins=bins, weights=weights, histtype="step", color=f"C{index}", linewidth=1.5, label=label)
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(title="tolerance of evaluation", fontsize=8, title_fontsize=8, loc="upper left")
+    axes.legend(title="tolerance of evaluation", loc="upper left")
 
 
 def _draw_quality(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    axes.set(title="Quality at equal tokens of a base", xlabel="validation bits per character")
+    axes.set(title="Quality at equal tokens of a base", xlabel="validation bits per character (lower is better)")
     colors = [f"C{list(BASES).index(row['base'])}" for row in rows.values()]
     labels, bits = [row["label"] for row in rows.values()], [row["valid_bits_per_character"] for row in rows.values()]
     spread = [row.get("valid_bits_per_character_deviation", 0.0) for row in rows.values()]
     bars = axes.barh(labels, bits, xerr=spread if any(spread) else None, color=colors, alpha=0.6)
-    axes.bar_label(bars, fmt=" %.2f", fontsize=8)
-    axes.tick_params(axis="y", labelsize=8)
+    axes.bar_label(bars, fmt=" %.2f")
     axes.set_xlim(0, 1.15 * max(bits))
     axes.invert_yaxis()
 
 
 def main() -> None:
-    benchmark = Benchmark("ablation", __doc__)
+    benchmark = Benchmark("ablation", __doc__, draw)
     options = benchmark.parser
     add_options(benchmark)
     options.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds, whose mean is taken")
@@ -305,7 +304,7 @@ def main() -> None:
         if own:
             rows[variant.name] = about | merged([describe(benchmark, variant, outcome) for outcome in own])
     if rows:
-        benchmark.report({"finished": finished, "remarks": REMARKS, "variants": rows}, table(rows), draw(rows))
+        benchmark.report({"finished": finished, "remarks": REMARKS, "variants": rows}, table(rows))
     continue_later(benchmark, len(outcomes), len(plans))
 
 

@@ -172,15 +172,14 @@ def draw(result: dict[str, Any]) -> Figure:
     runs: Sequence[dict[str, Any]] = result["runs"]
     pieces = any(record["first_piece"] for run in runs for record in run["lengths"])
     columns = [*([None] if pieces else []), *result["lengths"]]
-    figure = Figure(figsize=(max(6.4, 2.9 * len(columns) + 0.6), 2.7 * len(runs) + 1.0), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 3.4 * len(columns) + 0.6), 3.2 * len(runs) + 1.4), layout="constrained")
     grid, first, lines = figure.add_gridspec(len(runs), len(columns)), None, {}
     for row, run in enumerate(runs):
         for index, record in enumerate(run["lengths"]):
             column = columns.index(None if record["first_piece"] else record["T"])
             axes = figure.add_subplot(grid[row, column], sharex=first, sharey=first)
             first = first or axes
-            axes.set_title(f"{'first piece, ' if record['first_piece'] else ''}T = {record['T']}", fontsize=10)
-            axes.grid(alpha=0.3)
+            axes.set_title(f"{'first piece, ' if record['first_piece'] else ''}T = {record['T']}")
             lines |= _draw_one(axes, record, run["depth"])
             if index == 0:
                 axes.set_ylabel(f"{run['name']}\nrelative residual")
@@ -189,8 +188,15 @@ def draw(result: dict[str, Any]) -> Figure:
     assert first is not None
     first.set_yscale("log")
     first.set_xlim(0, result["num_evals"])
-    place = {"loc": "outside lower center", "ncols": 2 if len(columns) < 3 else 3}
-    figure.legend(lines.values(), lines.keys(), title="median; band: best to worst sequence", **place)
+    title = "median; band: best to worst sequence"
+    free = [row for row, run in enumerate(runs) if pieces and not run["lengths"][0]["first_piece"]]
+    if free:  # runs that are not solved in pieces leave room in the first column
+        axes = figure.add_subplot(grid[free[0], 0])
+        axes.axis("off")
+        axes.legend(lines.values(), lines.keys(), title=title, loc="center")
+    else:
+        ncols = 2 if len(columns) < 3 else 3
+        figure.legend(lines.values(), lines.keys(), title=title, loc="outside lower center", ncols=ncols)
     return figure
 
 
@@ -203,7 +209,7 @@ def _draw_one(axes: Any, record: dict[str, Any], depth: int) -> dict[str, Line2D
         )
         steps = range(1, len(middle) + 1)
         style = "--" if "window" in name else "-"  # until it is full, the window hides the full history
-        (lines[name],) = axes.plot(steps, middle, style, linewidth=1.3)
+        (lines[name],) = axes.plot(steps, middle, style)
         axes.fill_between(steps, low, high, color=lines[name].get_color(), alpha=0.13, linewidth=0)
     if depth:
         lines["layers of the stack in training"] = axes.axvline(depth, color="0.3", linestyle=":")
@@ -226,7 +232,7 @@ def table(result: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    benchmark = Benchmark("convergence", __doc__)
+    benchmark = Benchmark("convergence", __doc__, draw)
     options = benchmark.parser
     options.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of trained runs")
     options.add_argument("--lengths", type=int, nargs="+", default=[100, 200, 400, 800], help="positions, T")
@@ -253,7 +259,7 @@ def main() -> None:
         runs.append(about | {"lengths": measure(run, lengths, arguments.num_evals)})
     sizes = {"lengths": lengths, "batch_size": arguments.batch_size, "num_evals": arguments.num_evals, "rtol": RTOL}
     result = sizes | {"runs": runs}
-    benchmark.report(result, table(result), draw(result))
+    benchmark.report(result, table(result))
 
 
 if __name__ == "__main__":

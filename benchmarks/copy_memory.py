@@ -39,30 +39,29 @@ def describe(outcome: Outcome, tokens_per_sequence: int) -> dict[str, Any]:
     """Return what table 1 says about a network, and what its training took."""
     values = {name: outcome.result[name] for name in KEPT if name in outcome.result}
     sequences = outcome.tokens // tokens_per_sequence
-    return {"label": outcome.label, "paper_loss": PAPER[outcome.name], "sequences": sequences} | values
+    rows = [row for row in outcome.rows if row["split"] == "train"]
+    curve = {"step": [row["step"] for row in rows], "nll": [row["nll"] for row in rows]}
+    about = {"label": outcome.label, "paper_loss": PAPER[outcome.name], "sequences": sequences}
+    return about | values | {"curve": curve}
 
 
-def draw(done: list[Outcome], baseline: float) -> Figure:
+def draw(result: dict[str, Any]) -> Figure:
     """Return a figure of the training losses, with the test losses at their ends."""
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.add_subplot(
-        title="Copy memory, T = 400", xlabel="optimizer step", ylabel="training loss (nats per position)", yscale="log"
-    )
-    for index, outcome in enumerate(done):
-        rows = [row for row in outcome.rows if row["split"] == "train"]
-        axes.plot([row["step"] for row in rows], [row["nll"] for row in rows], label=outcome.label, color=f"C{index}")
-        last = outcome.result["num_steps"]
-        axes.plot([last], [outcome.result["test_loss"]], "*", markersize=11, color=f"C{index}")
-    axes.axhline(baseline, color="0.5", linestyle=":", label=f"no memory, {baseline:.3g}")
+    figure = Figure(figsize=(11.0, 5.0), layout="constrained")
+    axes = figure.add_subplot(title=f"Copy memory, T = {result['blank_len']}", xlabel="optimizer step", yscale="log")
+    axes.set_ylabel("loss in nats per position (lower is better)")
+    for index, model in enumerate(result["models"].values()):
+        axes.plot(*model["curve"].values(), label=f"{model['label']}, training", color=f"C{index}")
+        axes.plot(model["num_steps"], model["test_loss"], "*", markersize=14, color=f"C{index}")
+    axes.axhline(result["baseline_loss"], color="0.5", linestyle=":", label=f"no memory, {result['baseline_loss']:.3g}")
     axes.axhline(PAPER["copy_memory"], color="black", linestyle="--", linewidth=1, label="DEQ-Transformer in the paper")
-    axes.plot([], [], "*", markersize=11, color="black", label="test loss")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.plot([], [], "*", markersize=14, color="black", label="test loss")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
 def main() -> None:
-    benchmark = Benchmark("copy_memory", __doc__)
+    benchmark = Benchmark("copy_memory", __doc__, draw)
     add_options(benchmark, sizes=("two_cores", "paper"))
     prefix = "" if benchmark.parse().size == "paper" else "two_cores/"
     plans = [Planned(name=name, label=label, recipe=prefix + name) for name, label in LABELS.items()]
@@ -79,7 +78,7 @@ def main() -> None:
         "models": models,
     }
     table = markdown(list(COLUMNS), [[model[field] for field in COLUMNS.values()] for model in models.values()])
-    benchmark.report(result, table, draw(done, baseline))
+    benchmark.report(result, table)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def prepared(benchmark: Benchmark, run: Path | None, seed: int) -> tuple[Languag
 
 
 def main() -> None:
-    benchmark = Benchmark("decode", __doc__)
+    benchmark = Benchmark("decode", __doc__, draw)
     options = benchmark.parser
     options.add_argument("--run", type=Path, help="folder of a trained run")
     options.add_argument("--num_tokens", type=int, default=256, help="length of the longest prompt and of what follows")
@@ -234,7 +234,7 @@ def main() -> None:
         "num_tokens": count,
         **measured,
     }
-    benchmark.report(result, table(result), draw(result))
+    benchmark.report(result, table(result))
 
 
 if __name__ == "__main__":

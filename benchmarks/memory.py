@@ -21,6 +21,7 @@ its table, with layers that are not tied where it has no tied one. GB are 1e9 by
 
 import gc
 import json
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -392,9 +393,11 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return markdown(list(COLUMNS), lines)
 
 
-def draw(rows: list[dict[str, Any]], curve_recipe: str, peaks: dict[str, dict[int, int]], size: Size) -> Figure:
+def draw(result: dict[str, Any]) -> Figure:
     """Return a figure of the peaks of each recipe, and of those of one cell by depth and number of steps."""
-    figure = Figure(figsize=(12.5, 5.0), layout="constrained")
+    rows, curve_recipe, peaks = result["rows"], result["curve"]["recipe"], result["curve"]["peaks"]
+    sizes = re.findall(r"--(?:batch_size|length) (\d+)", result["command"])
+    figure = Figure(figsize=(17.0, 7.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     kinds = ("tied layers", "tied layers, checkpointing", f"DEQ, history {SHOWN}", "DEQ, history of all steps")
@@ -403,32 +406,32 @@ def draw(rows: list[dict[str, Any]], curve_recipe: str, peaks: dict[str, dict[in
         chosen = [row for row in rows if row["network"].lstrip("0123456789 ") == kind]
         places = [recipes.index(row["recipe"]) + (index - 1.5) * width for row in chosen]
         bars = left.bar(places, [row["peak"] / 1e9 for row in chosen], width, label=kind, color=f"C{index}")
-        left.bar_label(bars, fmt="%.2g", fontsize=7)
+        left.bar_label(bars, fmt="%.2g")
         marked = [(place, row["paper_gb"]) for place, row in zip(places, chosen, strict=True) if row.get("paper_gb")]
         left.plot([place for place, _ in marked], [value for _, value in marked], "k_", markersize=11)
     left.plot([], [], "k_", markersize=11, label="the same in the paper")
     depths = [COMPARISONS[recipe].depth for recipe in recipes]
     labels = [recipe.replace("_", "\n") + f"\n({depth} layers)" for recipe, depth in zip(recipes, depths, strict=True)]
-    left.set_xticks(range(len(recipes)), labels, fontsize=8)
-    left.set(ylabel="peak memory of a training step (GB)", yscale="log", title=f"batch {size[0]}, length {size[1]}")
+    left.set_xticks(range(len(recipes)), labels)
+    left.set(yscale="log", title="batch {}, length {}".format(*sizes))
     left.margins(y=0.3)
     right.margins(y=0.2)
     for index, (label, values) in enumerate(peaks.items()):
-        right.plot(list(values), [peak / 1e9 for peak in values.values()], "o-", color=f"C{index}", label=label)
+        counts, gigabytes = [int(count) for count in values], [peak / 1e9 for peak in values.values()]
+        right.plot(counts, gigabytes, "o-", color=f"C{index}", label=label)
     right.set(xscale="log", yscale="log", xlabel="layers, or steps forward and backward", title=curve_recipe)
-    right.set_ylabel("peak memory of a training step (GB)")
     for axes in (left, right):
-        axes.set_axisbelow(True)
+        axes.set_ylabel("peak memory of a training step (GB, lower is better)")
         axes.grid(alpha=0.3, which="both")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.legend(fontsize=8, ncols=2, loc="upper left")
+        axes.legend(ncols=2, loc="upper left")
     left.grid(visible=False, axis="x")
     right.xaxis.set_major_formatter("{x:g}")
     return figure
 
 
 def main() -> None:
-    benchmark = Benchmark("memory", __doc__)
+    benchmark = Benchmark("memory", __doc__, draw)
     options = benchmark.parser
     options.add_argument("--recipes", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="what to compare")
     options.add_argument("--batch_size", type=int, default=15)
@@ -455,7 +458,7 @@ def main() -> None:
         "curve": {"recipe": arguments.curve_recipe, "peaks": peaks},
         "check": [] if on_gpu else check(),
     }
-    benchmark.report(result, table(rows), draw(rows, arguments.curve_recipe, peaks, size))
+    benchmark.report(result, table(rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ rate of the deep Transformer, which fails at the DEQ's. The steps that train a D
 tokens and its time. `--size paper` is table 2 itself; it needs a GPU and about a day.
 """
 
-from _comparison import compare
+from _comparison import compare, draw
 from _harness import Benchmark
 from _runs import Planned
 
@@ -51,7 +51,7 @@ PAPER = {"ptb_trellisnet": 57.1, "ptb_trellisnet_60_layers": 57.0}
 
 
 def main() -> None:
-    compare(Benchmark("ptb", __doc__), PLANS, PAPER)
+    compare(Benchmark("ptb", __doc__, draw), PLANS, PAPER)
 
 
 if __name__ == "__main__":

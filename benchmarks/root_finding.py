@@ -208,17 +208,29 @@ def _cell(answer: dict[str, Any]) -> str:
     return "!" if answer["claimed"] else "-"
 
 
+LINES = {"SciPy": "--", "optimistix": ":", "jaxopt": "-.", "torchdeq": "-.", "": "-"}
+"""Line style of each library in the figure."""
+
+
 def draw(result: dict[str, Any]) -> Figure:
     """Return a figure of the number of solved systems against evaluations."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(11.0, 5.5), layout="constrained")
     axes = figure.add_subplot()
+    drawn: dict[str, int] = {}  # number of curves of each library, which has a line style of its own
     for name in result["methods"]:
+        library = next((peer for peer in LINES if name.startswith(peer)), "")
         answers = [problem["answers"][name] for problem in result["problems"]]
         solved = sorted(answer["evaluations"] for answer in answers if answer["solved"] and answer["evaluations"])
         if solved:
-            axes.step(solved, range(1, len(solved) + 1), where="post", label=name)
-    axes.set(xscale="log", xlabel="evaluations of g", ylabel=f"systems solved of {len(result['problems'])}")
-    axes.legend(fontsize="small")
+            color = f"C{drawn.setdefault(library, 0)}"
+            drawn[library] += 1
+            axes.step(solved, range(1, len(solved) + 1), LINES[library], where="post", color=color, label=name)
+    axes.set(
+        xscale="log",
+        xlabel="evaluations of g",
+        ylabel=f"systems solved of {len(result['problems'])} (higher is better)",
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -235,7 +247,7 @@ def run(problems: Sequence[Problem], made: dict[str, Method], *, own_units: bool
 
 
 def main() -> None:
-    benchmark = Benchmark("root_finding", __doc__)
+    benchmark = Benchmark("root_finding", __doc__, draw)
     names = [problem.name for problem in (*PROBLEMS, *SHIFTED, *ROOTLESS)]
     options = benchmark.parser
     options.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="libraries to compare with")
@@ -256,7 +268,7 @@ def main() -> None:
         "shifted": run(chosen(SHIFTED), made, own_units=True),
         "rootless": run(chosen(ROOTLESS), made),
     }
-    benchmark.report(result, table(result), draw(result))
+    benchmark.report(result, table(result))
 
 
 if __name__ == "__main__":

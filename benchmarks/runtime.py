@@ -248,7 +248,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def draw(result: Mapping[str, Any]) -> Figure:
     """Return a figure of perplexity against seconds of training, with a panel for each family."""
-    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(13.0, 5.2), layout="constrained")
     panels = figure.subplots(1, len(result["families"]), squeeze=False)[0]
     for axes, family in zip(panels, result["families"].values(), strict=True):
         networks = [network for network in family["networks"] if "valid_perplexity" in network]
@@ -261,15 +261,14 @@ def draw(result: Mapping[str, Any]) -> Figure:
             axes.annotate(str(depth), point, textcoords="offset points", xytext=(3, 6))
         axes.plot(*([value] for value in deq), "*", markersize=14, label="DEQ")
         title = f"{networks[0]['label'].split(',')[0]}, {networks[0]['tokens'] / 1e6:.1f} M tokens"
-        axes.set(title=title, xlabel="seconds of training", ylabel="validation perplexity")
-        axes.grid(alpha=0.3)
+        axes.set(title=title, xlabel="seconds of training", ylabel="validation perplexity (lower is better)")
         axes.margins(0.2)
         axes.legend()
     return figure
 
 
 def main() -> None:
-    plans, benchmark = families(), Benchmark("runtime", __doc__)
+    plans, benchmark = families(), Benchmark("runtime", __doc__, draw)
     options = benchmark.parser
     add_options(benchmark)
     options.add_argument("--families", nargs="+", choices=tuple(plans), default=list(plans), help="which cells")
@@ -292,7 +291,7 @@ def main() -> None:
             contestants.append(enter(benchmark, deepest, folder, corpus, depth=family.paper_depth))
         measured[family.name] = compare(family, contestants, take_turns(contestants, corpus, **sizes))
     result = {"families": measured}
-    benchmark.report(result, table(result), draw(result))
+    benchmark.report(result, table(result))
 
 
 if __name__ == "__main__":

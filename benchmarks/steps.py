@@ -142,23 +142,23 @@ def measure(run: Run, rtols: Sequence[float], limits: Sequence[int]) -> dict[str
 
 def draw(result: dict[str, Any]) -> Figure:
     """Return a figure with a color for each run, and panels for training, tolerances and step limits."""
-    figure = Figure(figsize=(13.0, 4.6), layout="constrained")
+    figure = Figure(figsize=(19.0, 6.4), layout="constrained")
     training, tolerances, limits = figure.subplots(1, 3)
     for index, run in enumerate(result["runs"]):
         color, train, valid = f"C{index}", run["training"]["train"], run["training"]["valid"]
-        training.plot(train["step"], train["forward_steps"], "-", color=color, linewidth=1)
-        training.plot(train["step"], train["backward_steps"], ":", color=color, linewidth=1.4)
-        training.plot(valid["step"], valid["forward_steps"], "o", color=color, markersize=5)
+        training.plot(train["step"], train["forward_steps"], "-", color=color)
+        training.plot(train["step"], train["backward_steps"], ":", color=color)
+        training.plot(valid["step"], valid["forward_steps"], "o", color=color)
         for name, sweep in run["sweeps"].items():
             for axes, points, key in ((tolerances, "by_tolerance", "rtol"), (limits, "by_limit", "max_steps")):
                 pairs = [(point[key], point.get(result["measure"], math.nan)) for point in sweep[points]]
-                axes.plot(*zip(*pairs, strict=True), "".join(STYLES[name]), color=color, markersize=4, linewidth=1.2)
+                axes.plot(*zip(*pairs, strict=True), "".join(STYLES[name]), color=color)
     part = f"first {result['max_tokens']} tokens" if result["max_tokens"] else "all"
     text = f"{NAMES[result['measure']]} ({part} of {result['split']})"
     training.set(title="Steps of the solves", xlabel="optimizer step", ylabel="steps (mean over samples)")
     training.set_ylim(bottom=0)
     series = {"forward, training": ("", "-"), "backward": ("", ":"), "forward, validation": ("o", "none")}
-    training.legend(handles=_keys(series), fontsize=9)
+    training.legend(handles=_keys(series))
     tolerances.set(title="Tolerance at inference", xlabel="relative tolerance (tighter to the right)", ylabel=text)
     tolerances.set_xscale("log")
     tolerances.invert_xaxis()
@@ -168,9 +168,7 @@ def draw(result: dict[str, Any]) -> Figure:
     for axes in (tolerances, limits):
         cut = axes.get_ylim()[1] > result["shown"][1]
         axes.set_ylim(*result["shown"])
-        axes.legend(handles=_keys(used), title="cut off above; see the table" if cut else None, fontsize=9)
-    for axes in (training, tolerances, limits):
-        axes.grid(alpha=0.3)
+        axes.legend(handles=_keys(used), title="cut off above; see the table" if cut else None)
     names = [Line2D([], [], color=f"C{index}", label=run["name"]) for index, run in enumerate(result["runs"])]
     figure.legend(handles=names, loc="outside lower center", ncols=min(4, len(names)))
     return figure
@@ -220,7 +218,7 @@ def _ends(values: Sequence[float], count: int) -> tuple[Sequence[float], Sequenc
 
 
 def main() -> None:
-    benchmark = Benchmark("steps", __doc__)
+    benchmark = Benchmark("steps", __doc__, draw)
     options = benchmark.parser
     options.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of equilibrium runs")
     options.add_argument("--split", choices=["valid", "test"], default="valid", help="text to evaluate on")
@@ -239,7 +237,7 @@ def main() -> None:
     runs = [measure(run, arguments.rtols, arguments.limits) for run in opened]
     name = next(iter(quality_metrics(units.pop(), 1.0)))
     result = text | {"measure": name, "shown": shown(benchmark, runs, name), "runs": runs}
-    benchmark.report(result, table(result), draw(result))
+    benchmark.report(result, table(result))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 days. `--size two_cores` trains small variants of them on WikiText-2.
 """
 
-from _comparison import compare
+from _comparison import compare, draw
 from _harness import Benchmark
 from _runs import Planned
 
@@ -30,7 +30,7 @@ PAPER = {name: perplexity for name, (_, perplexity) in ROWS.items()}
 
 
 def main() -> None:
-    compare(Benchmark("wikitext_103", __doc__), PLANS, PAPER)
+    compare(Benchmark("wikitext_103", __doc__, draw), PLANS, PAPER)
 
 
 if __name__ == "__main__":

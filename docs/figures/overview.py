@@ -7,13 +7,15 @@ The residuals are those of a real cell with random weights, whose spectral radiu
 
 from pathlib import Path
 
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import deepeq
 
-BLUE, ORANGE, GRAY = "#3b6ea5", "#d9772b", "0.35"
+COLORS, GRAY = ("#0072B2", "#D55E00"), "0.35"
+SIZES = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize")
 
 
 class Cell(torch.nn.Module):
@@ -43,58 +45,58 @@ def residuals() -> dict[str, list[float]]:
         return {name: layer(x, solver=rule).residual_history.amax(dim=1).tolist() for name, rule in solvers.items()}
 
 
-def box(axes, x: float, y: float, text: str, color: str, width: float = 1.5, height: float = 0.5) -> None:
+def box(axes, x: float, y: float, color: str) -> None:
     """Draw a layer."""
-    style = "round,pad=0.02,rounding_size=0.1"
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle=style, color=color))
-    axes.text(x, y, text, color="white", ha="center", va="center", fontsize=11)
+    style = "round,pad=0.02,rounding_size=0.12"
+    axes.add_patch(FancyBboxPatch((x - 0.85, y - 0.36), 1.7, 0.72, boxstyle=style, color=color))
+    axes.text(x, y, "f(z, x)", color="white", ha="center", va="center", fontsize=20)
 
 
 def arrow(axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
     """Draw an arrow."""
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, connectionstyle=f"arc3,rad={curve}", arrowstyle="-|>", mutation_scale=13, color=GRAY, lw=1.4
-        )
-    )
+    line = {"connectionstyle": f"arc3,rad={curve}", "arrowstyle": "-|>", "mutation_scale": 22, "color": GRAY, "lw": 2}
+    axes.add_patch(FancyArrowPatch(start, end, **line))
+
+
+def text(axes, x: float, y: float, words: str, color: str = "black") -> None:
+    """Write centered words."""
+    axes.text(x, y, words, ha="center", va="center", fontsize=20, color=color)
 
 
 def draw() -> Figure:
     """Return the figure."""
-    figure = Figure(figsize=(10.0, 3.5), layout="constrained")
-    stack, layer, curves = figure.subplots(1, 3, width_ratios=[1, 1.15, 1.7])
+    figure = Figure(figsize=(10.0, 8.4), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.15, 1])
+    stack, layer, curves = (figure.add_subplot(part) for part in (grid[0, 0], grid[0, 1], grid[1, :]))
     for axes in (stack, layer):
         axes.set(xlim=(0, 4), ylim=(0, 5))
         axes.axis("off")
-    stack.set_title("a stack: every layer is stored", fontsize=11)
-    for index, (y, text) in enumerate([(0.9, "f(z, x)"), (1.9, "f(z, x)"), (3.6, "f(z, x)")]):
-        box(stack, 2.4, y, text, BLUE)
-        arrow(stack, (0.75, y), (1.6, y))
-        stack.text(0.55, y, "x", ha="center", va="center", fontsize=11)
-        if index < 2:
-            arrow(stack, (2.4, y + 0.28), (2.4, y + 0.72))
-    stack.text(2.4, 2.82, "⋮", ha="center", va="center", fontsize=15)
-    arrow(stack, (2.4, 3.05), (2.4, 3.33))
-    arrow(stack, (2.4, 3.88), (2.4, 4.45))
-    stack.text(2.4, 4.65, "output", ha="center", va="center", fontsize=11)
-    arrow(stack, (2.4, 0.2), (2.4, 0.62))
-    layer.set_title("a DEQ: one layer at its equilibrium", fontsize=11)
-    box(layer, 2.1, 2.2, "f(z, x)", ORANGE)
-    layer.text(0.3, 2.2, "x", ha="center", va="center", fontsize=11)
-    arrow(layer, (0.5, 2.2), (1.3, 2.2))
-    arrow(layer, (2.85, 2.35), (2.85, 2.05), curve=-2.6)
-    layer.text(3.75, 2.2, "solver", ha="center", va="center", fontsize=10, color=GRAY, rotation=90)
-    arrow(layer, (2.1, 2.5), (2.1, 3.5))
-    layer.text(2.1, 3.8, "z* = f(z*, x)", ha="center", va="center", fontsize=12)
-    layer.text(2.1, 0.9, "exact gradient from\none stored layer", ha="center", va="center", fontsize=10, color=GRAY)
-    for (name, values), color in zip(residuals().items(), (BLUE, ORANGE, "#4a8f4a"), strict=True):
-        curves.semilogy(range(1, len(values) + 1), values, label=name, color=color, linewidth=1.8)
-    curves.set(xlabel="evaluations of f", ylabel="relative residual", xlim=(0, 41))
-    curves.set_title("finding the equilibrium", fontsize=11)
-    curves.grid(alpha=0.3)
-    curves.legend(fontsize=10)
+    stack.set_title("a stack stores every layer")
+    for y in (0.75, 1.85, 3.85):
+        box(stack, 2.4, y, COLORS[0])
+        arrow(stack, (0.75, y), (1.5, y))
+        text(stack, 0.5, y, "x")
+    text(stack, 2.4, 2.83, "⋮")
+    for start, end in ((0.0, 0.37), (1.13, 1.47), (2.23, 2.6), (3.08, 3.47), (4.23, 4.6)):
+        arrow(stack, (2.4, start), (2.4, end))
+    text(stack, 2.4, 4.83, "output")
+    layer.set_title("a DEQ stores one layer")
+    box(layer, 2.0, 2.2, COLORS[1])
+    text(layer, 0.15, 2.2, "x")
+    arrow(layer, (0.4, 2.2), (1.1, 2.2))
+    arrow(layer, (2.9, 2.4), (2.9, 2.0), curve=-2.6)
+    text(layer, 3.75, 2.95, "solver", GRAY)
+    arrow(layer, (2.0, 2.6), (2.0, 3.5))
+    text(layer, 2.0, 3.85, "z* = f(z*, x)")
+    text(layer, 2.0, 0.9, "exact gradient\nfrom this layer", GRAY)
+    for name, values in residuals().items():
+        curves.semilogy(range(1, len(values) + 1), values, label=name, linewidth=3)
+    curves.set(xlabel="evaluations of f", ylabel="relative residual", xlim=(0, 41), title="finding the equilibrium")
+    curves.legend()
     return figure
 
 
 if __name__ == "__main__":
-    draw().savefig(Path(__file__).with_suffix(".png"), dpi=120)
+    # Larger letters than in other figures: the home page shows this one on phones too.
+    with matplotlib.style.context(["deepeq.style", dict.fromkeys(SIZES, 20)]):
+        draw().savefig(Path(__file__).with_suffix(".png"), dpi=100)

@@ -81,8 +81,8 @@ def finished(runs: Path, tmp_path: Path) -> Callable[[dict[str, str]], Path]:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Runs a script with options, in this process, and returns its result with the table as `table`."""
 
-    def save_small(figure: Figure, path: Path, dpi: int) -> None:
-        savefig(figure, path, dpi=dpi // 4)
+    def save_small(figure: Figure, path: Path) -> None:
+        savefig(figure, path, dpi=30)
 
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", save_small)

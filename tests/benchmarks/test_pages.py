@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pages
+import ptb
 import pytest
 
 
@@ -132,3 +133,13 @@ def test_rows_of_the_paper_have_a_result_or_say_that_they_were_not_run() -> None
     rows = [line for n, line in enumerate(lines) if line.startswith("|") and n not in heads and "---" not in line]
     assert len(rows) > 50
     assert all("not run" in row or pages.VALUE.search(row) for row in rows)
+
+
+def test_figures_are_drawn_again_from_their_results(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = next((copy / "benchmarks" / "results").glob("*_ptb"))
+    before = (folder / "ptb.png").read_bytes()
+    (folder / "ptb.png").unlink()
+    monkeypatch.setattr(sys, "argv", ["ptb", "--out", str(folder), "--redraw"])
+    with pytest.raises(SystemExit, match="0"):
+        ptb.main()
+    assert len((folder / "ptb.png").read_bytes()) == pytest.approx(len(before), rel=0.2)

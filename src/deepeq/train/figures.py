@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -43,23 +44,22 @@ def draw_figures(folder: Path, rows: list[dict[str, Any]], trained: TrainedModel
         trained: The best model; None if it has none yet.
     """
     folder.mkdir(exist_ok=True)
-    figures = {"loss": _loss(rows)}
-    if any("forward_steps" in row for row in rows):  # an explicit network solves nothing
-        figures["steps"] = _steps(rows)
-        if trained is not None:
-            figures["convergence"] = _convergence(*_residuals(trained))
     written = []
-    for name, figure in figures.items():
-        written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=120)
+    with matplotlib.style.context("deepeq.style"):
+        figures = {"loss": _loss(rows)}
+        if any("forward_steps" in row for row in rows):  # an explicit network solves nothing
+            figures["steps"] = _steps(rows)
+            if trained is not None:
+                figures["convergence"] = _convergence(*_residuals(trained))
+        for name, figure in figures.items():
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1])
     return written
 
 
 def _figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    return figure, axes
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    return figure, figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
 
 
 def _series(rows: list[dict[str, Any]], split: str, name: str) -> tuple[list[int], list[float]]:
@@ -75,12 +75,12 @@ def _shade_pretraining(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def _loss(rows: list[dict[str, Any]]) -> Figure:
     name = next((name for name in _LABELS if any(name in row for row in rows)), "loss")
-    figure, axes = _figure("Training", "optimizer step", _LABELS[name])
+    figure, axes = _figure("Training", "optimizer step", f"{_LABELS[name]} (lower is better)")
     _shade_pretraining(axes, rows)
-    axes.plot(*_series(rows, "train", name), linewidth=1, label="training")
-    axes.plot(*_series(rows, "valid", name), "o-", markersize=4, label="validation")
+    axes.plot(*_series(rows, "train", name), linewidth=1.2, label="training")
+    axes.plot(*_series(rows, "valid", name), "o-", label="validation")
     for step, value in zip(*_series(rows, "test", name), strict=True):
-        axes.plot([step], [value], "*", markersize=11, color="black", label=f"test {value:.3g}")
+        axes.plot([step], [value], "*", markersize=14, color="black", label=f"test {value:.3g}")
     if name in ("perplexity", "loss"):
         axes.set_yscale("log")
     axes.legend()
