@@ -35,7 +35,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 "train: {steps: 2, batch_size: 4, segment_len: 8, eval_batch_size: 2, accelerator: cpu}\n"
             )
             config = load_config(path / "recipe.yaml")
-            train(replace(config, run=FolderConfig(dir=str(path / "run"))), sample=False)
+            train(replace(config, run=FolderConfig(dir=str(path / "run"))), extras=False)
             made[unit] = path / "run"
         return made[unit]
 

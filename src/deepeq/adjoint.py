@@ -1,4 +1,4 @@
-"""How gradients pass through an equilibrium."""
+"""How an equilibrium is found and differentiated: each adjoint runs the search and attaches gradients to its result."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -54,8 +54,9 @@ class ImplicitAdjoint(Adjoint):
     on `z0`, which gets no gradient.
 
     Raises in the backward pass:
-        ConvergenceError: a gradient or a product is not finite.
-        RuntimeError: second derivatives are asked for without `twice_differentiable`.
+        ConvergenceError: A gradient or a product is not finite, or the solve missed its tolerance with
+            `on_failure="raise"`.
+        RuntimeError: Second derivatives are asked for without `twice_differentiable`.
 
     References:
         Bai, Kolter, Koltun (2019), theorem 1 and eq. 11.

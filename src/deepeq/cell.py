@@ -14,9 +14,10 @@ class Cell(nn.Module, ABC):
     """One layer `f(z; x)`, called as `cell(z, injection)`.
 
     `forward` is the only method that a cell must have. The others have defaults, and a plain `nn.Module` that is called
-    as `cell(z, x)` gets the same defaults without deriving from this class. A solve calls `inject` once and `forward`
-    many times, so `forward` must return the same result for the same arguments: random numbers, such as dropout masks,
-    are drawn in `inject`.
+    as `cell(z, x)` gets the same defaults without deriving from this class. The default first state is zeros shaped
+    like the input, so a cell whose state has another shape needs `initial_state`. A solve calls `inject` once and
+    `forward` many times, so `forward` must return the same result for the same arguments: random numbers, such as
+    dropout masks, are drawn in `inject`.
     """
 
     @abstractmethod
@@ -49,7 +50,10 @@ class Cell(nn.Module, ABC):
         return pytree.tree_map(torch.zeros_like, x)
 
     def output(self, z: Any) -> Any:
-        """Return what the next part of a model reads from a state; default the state itself."""
+        """Return the features in a state; default the state itself.
+
+        `DEQ` returns the whole state. The networks of `deepeq.models` and `deepeq.universality.stack` call this.
+        """
         return z
 
     def extend_memory(self, memory: Any, x: Any, z: Any, *, length: int | None = None) -> Any:

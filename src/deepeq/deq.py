@@ -135,7 +135,14 @@ class Stack:
             check_count(name, getattr(self, name), least=0, owner=self)
 
     def __call__(self, cell: nn.Module, x: Any, z0: Any = None, memory: Any = None) -> Solution:
-        """Return the state after the last layer; arguments as in `Equilibrium`."""
+        """Return the state after the last layer.
+
+        Args:
+            cell: A `Cell`, or a module called as `cell(z, x)`.
+            x: The input.
+            z0: State before the first layer; None for the cell's own.
+            memory: What earlier segments left, or None.
+        """
         return self.solve(*prepare(cell, x, z0, memory))
 
     def solve(self, f: Callable[[Any], Any], z0: Any) -> Solution:
@@ -192,8 +199,9 @@ class Pieces:
     """Solve a long sequence in pieces of at most `length` positions (Bai et al. 2019, appendix E).
 
     Inputs are `(B, T, D)` and states are tensors `(B, T, ...)`, or structures of them. The equilibria of earlier pieces
-    are the memory of each piece. Because the cell is causal, the pieces together have the equilibrium of the whole
-    sequence, where there is only one, and each solve is easier. Nothing is detached: the backward pass solves the
+    are the memory of each piece. The cell must be causal: no position may depend on later ones. This is not checked.
+    Then the pieces together have the equilibrium of the whole sequence, if there is only one, and each solve is easier.
+    Nothing is detached: the backward pass solves the
     pieces from the last to the first, and the gradients are those of the whole sequence. Between the passes lives one
     graph of `f` for each piece, plus what `inject` computes for each piece, such as the projections of its memory. The
     pieces share the weights of the cell's `shared_weights`, dropped entries included. Masks of states are drawn for
@@ -242,7 +250,15 @@ class Pieces:
         keep: Sequence[int] = (),
         callback: Callback | None = None,
     ) -> Solution:
-        """Return the equilibrium of the whole sequence; arguments as in `Equilibrium`.
+        """Return the equilibrium of the whole sequence.
+
+        Args:
+            cell: A cell with `inject` and `extend_memory`.
+            x: The input, `(B, T, D)`.
+            z0: First state of the whole sequence; None for the cell's own.
+            memory: What earlier segments left, or None.
+            keep: Steps whose states are returned too, as in `fixed_point`.
+            callback: Called as `callback(step, z, residual)` after each step of each piece.
 
         Raises:
             TypeError: The cell has no `inject` and `extend_memory` of its own.

@@ -17,13 +17,20 @@ LinearSolve = Callable[[Map, Tensor], Tensor]
 class Rule:
     """What the backward pass of a node does."""
 
-    solve: LinearSolve | None  # None passes the gradient on as it is
-    evaluate: Map | None = None  # f, where the graph was not kept
-    connected: bool = False  # z has a history: the node answers for second derivatives
-    linear: bool = False  # below a connected node: its derivative is linear in v, which a Hessian product needs
-    barrier: bool = False  # what a derivative of third order would have to pass, and must not
-    products: Map | None = None  # in place of those of the graph, with their transposed ones
+    solve: LinearSolve | None
+    """Solves `u = J^T u + v`; None passes the gradient on as it is."""
+    evaluate: Map | None = None
+    """`f`, where its graph was not kept."""
+    connected: bool = False
+    """Whether `z` depends on the parameters through its own graph, which second derivatives need."""
+    linear: bool = False
+    """Whether this is the linear solve inside of a second derivative."""
+    barrier: bool = False
+    """Whether to refuse third derivatives."""
+    products: Map | None = None
+    """Products `J^T u` that replace those of the graph."""
     transposed: Map | None = None
+    """The transposed products `J u` of `products`."""
 
 
 class ImplicitFunction(torch.autograd.Function):

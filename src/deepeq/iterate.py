@@ -37,7 +37,7 @@ def iterate(
     Each step evaluates `f` once, measures the residual of each problem, keeps the point that is nearest to its
     tolerance (`z0` included), freezes the problems that are done, and asks the solver for the next point. A problem
     that is done never changes again, whatever its batch mates need. The loop ends when all are done, or at
-    `max_steps`, and raises nothing.
+    `max_steps`. It does not raise when a problem fails; errors of `f` and of the rule pass through.
 
     Whether problems that finished at different steps are independent is checked at the end, from the last evaluation
     where it was made at the returned state, else by one more (`problem.verify`).
@@ -50,7 +50,8 @@ def iterate(
             each look waits for the device.
         keep: Steps, counted from 1, whose points are returned in `kept`; where the search ended earlier, the value.
         on_step: Observer of each step.
-        measures: What measures; a caller that measures the returned state again hands it over.
+        measures: Computes the residuals. Pass one if you measure the returned state again, so that both measurements
+            compare with the same first value.
         confirm: Make the evaluation that `problem.verify` asks for. Pass False to evaluate the returned state yourself.
         advance: Return the point that would be evaluated next in the place of the best one.
 
@@ -59,10 +60,10 @@ def iterate(
     """
     check_every = check_every or (1 if z0.device.type == "cpu" else 4)
     measures = measures or Measures(problem, solver)
-    evaluate = _Counted(problem, in_current_modes(problem.evaluate, z0.device.type))
+    evaluate = _Counted(in_current_modes(problem.evaluate, z0.device.type))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     with _modes_of_algebra(z0.device.type):
-        z = _counting(z0)
+        z = _with_version_counter(z0)
         # A search that is to go on from its last point stops nowhere earlier.
         search = _Search(z, solver, min_steps=solver.max_steps + 1 if advance else solver.min_steps)
         rule, unit, state = solver, None, None
@@ -88,7 +89,7 @@ def iterate(
             else:
                 z_next, state = _next(rule, z / unit, fz / unit, g / unit, state)
                 z_next = z_next * unit
-            z = _counting(search.next_point(z_next))
+            z = _with_version_counter(search.next_point(z_next))
             del z_next, fz, g, measured  # so that the next evaluation has their memory
         solution, joint = search.outcome(problem, evaluate.count)
         if advance:
@@ -212,16 +213,15 @@ class _Search:
         return solution, self.log[last - 1] if last and bool(together.all()) else None
 
 
-def _counting(z: Tensor) -> Tensor:
-    """Return a tensor with a version counter, which shows changes in place: inference tensors have none."""
+def _with_version_counter(z: Tensor) -> Tensor:
+    """Return a tensor whose changes in place can be detected; inference tensors are copied."""
     return z.clone() if z.is_inference() else z
 
 
 @dataclass
 class _Counted:
-    """Evaluations of a problem, counted, also those that a rule makes itself."""
+    """Evaluations of a problem, counted, including those that a rule makes itself."""
 
-    problem: Problem
     evaluate: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     count: int = field(default=0)
 
@@ -240,8 +240,9 @@ def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution
     """Return the solution with what one evaluation of all problems together says of it.
 
     Problems that are solved one by one, although they depend on each other, reach their tolerances at different times,
-    and the earlier ones are wrong when the later ones have moved. Where that evaluation contradicts what was claimed,
-    nobody is called converged, and the true residuals are reported.
+    and the earlier ones are wrong when the later ones have moved. If a problem has lost its tolerance, no problem is
+    called converged. If its value is not finite, only that problem is not. In both cases, and where only the numbers
+    differ, the new residuals are reported.
 
     Args:
         solution: What the search claims.
@@ -292,7 +293,7 @@ def unit_of(g: Tensor) -> Tensor | None:
 
 @contextmanager
 def _modes_of_algebra(device_type: str) -> Iterator[None]:
-    """Solver algebra runs without autocast, and on tensors whose changes in place are counted."""
+    """Run the solver's own arithmetic without autocast, and outside of inference mode."""
     with torch.autocast(device_type, enabled=False):
         if not torch.is_inference_mode_enabled():
             yield

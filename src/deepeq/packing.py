@@ -30,8 +30,8 @@ Norm = NormName | Callable[[Any], Tensor]
 class Packing:
     """The structure, shapes and dtypes of a state, and the way to a `(B, N)` tensor and back.
 
-    A state is a tensor, or a tuple, list or dict of them (nested if need be). What one problem is, is said by
-    `batch_dims` or by `segments`:
+    A state is a tensor, or a tuple, list or dict of them (nested if need be). `batch_dims` or `segments` tells
+    which of its entries belong to one problem:
 
     - `batch_dims=1`: each tensor is `(B, ...)`, for `B` independent problems. A tensor without dimensions is a batch of
       one.
@@ -42,6 +42,11 @@ class Packing:
 
     Complex numbers are packed as pairs of real ones. The packed dtype is float32 or wider, so that the algebra of a
     solver keeps its precision when `f` works in 16 bits.
+
+    Args:
+        z0: A state with the structure, the shapes and the dtypes.
+        batch_dims: Number of leading dimensions that index the problems.
+        segments: Problem of each row, or None.
 
     Raises:
         TypeError: A part of `z0` is not a floating-point or complex tensor, or `segments` is not an integer tensor.

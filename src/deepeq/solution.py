@@ -35,7 +35,8 @@ class Solution(NamedTuple, Generic[State]):
     """Relative residual of the returned state: `||f(z) - z|| / ||f(z)||`, or `||g(z)|| / ||g(z0)||` for a root. `rtol`
     is compared with it."""
     converged: Tensor
-    """Whether the returned state meets the tolerances of the solver, bool."""
+    """Whether a problem is confirmed to meet its tolerance, bool. False for all problems of a `Stack`, of
+    `PhantomAdjoint(returns="last")`, and where the check found that the problems depend on each other."""
     num_steps: Tensor
     """Steps that a problem took part in before it was done, int64."""
     num_evals: int

@@ -27,9 +27,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def without_compiling(function: Function) -> Function:
     """Return a function that `torch.compile` leaves as it is, and calls between two of its graphs.
 
-    Traced, the backward pass of a `torch.autograd.Function` can be lost under transforms, and a search that stops when
-    its numbers say so has no graph anyway. Decorating with `torch.compiler.disable` itself would import the compiler
-    with this library.
+    `torch.compile` could lose the backward pass of an `autograd.Function`, and it cannot trace a search of unknown
+    length. `torch.compiler.disable` is called at the first call and not here, because it imports the compiler.
     """
 
     @wraps(function)
@@ -60,9 +59,10 @@ def fixed_point(
 ) -> Solution[State]:
     """Return the equilibrium `z* = f(z*)`, found from `z0`, problem by problem.
 
-    Costs at most `solver.max_steps` evaluations of `f` (`NewtonKrylov` needs more per step), and one more with a graph
-    if gradients are enabled. States of
-    16 bits are iterated in float32, and rounded for `f` and in the result; residuals are those before the rounding.
+    The search evaluates `f` at most `solver.max_steps` times (`NewtonKrylov` needs more). The check of `verify`, the
+    graph for gradients and each state of `keep` may cost further evaluations; `Solution.num_evals` counts all of them.
+    States of 16 bits are iterated in float32, and rounded for `f` and in the result; residuals are those before the
+    rounding.
 
     Args:
         f: Map of a state to a state of the same structure and shapes, pure in its argument. It may close over any
@@ -83,7 +83,8 @@ def fixed_point(
             failed problems hold their best finite point, and treats the failure like a missed tolerance. Gradients of
             tensors that a failed problem shares with others are then not finite: take it out of the batch.
         verify: Check that the problems do not depend on each other: that their residuals hold together at the returned
-            state. With gradients this costs no evaluation of `f`, without them at most one.
+            state. With gradients this usually costs no evaluation of `f`; without them, and with `BackpropAdjoint`, at
+            most one. If a warning or an error is due, two more tell whether `f` is random.
         callback: Observer called as `callback(step, state, residual)` after each evaluation of the search.
         throw: Older spelling of `on_failure="raise"`.
 

@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def run(name: str, model: ModelConfig, equilibrium: EquilibriumConfig | None = None, **changes: Any) -> None:
         solvers, place = equilibrium or EquilibriumConfig(), FolderConfig(dir=str(folder / name))
-        train(replace(base, model=model, equilibrium=solvers, run=place, **changes), sample=False)
+        train(replace(base, model=model, equilibrium=solvers, run=place, **changes), extras=False)
 
     run("equilibrium", ModelConfig(layer=TRANSFORMER), EQUILIBRIUM)
     run("pieces", ModelConfig(layer=TRELLIS), replace(EQUILIBRIUM, piece_len=4))

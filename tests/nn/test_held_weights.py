@@ -424,7 +424,7 @@ def test_memory_is_one_weight_per_solve() -> None:
             return tensor
 
         solver = deepeq.FixedPointIteration(rtol=1e-30, max_steps=steps)
-        layer = deepeq.DEQ(module, solver=solver, adjoint=deepeq.BackpropAdjoint())
+        layer = deepeq.DEQ(module, solver=solver, adjoint=deepeq.BackpropAdjoint(), on_failure="ignore")
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             solution = layer(x_of(1, 64))
         assert solution.value.requires_grad
@@ -497,3 +497,27 @@ def test_parametrizations_of_torch_are_held_too() -> None:
     for _ in range(120):
         z = cell(z, x)
     assert_all_close(gradients(value.sum(), cell), gradients(z.sum(), cell))
+
+
+def test_cell_without_shared_weights_of_its_own_is_solved_in_pieces() -> None:
+    class Running(deepeq.Cell):
+        """Reads the mean of all earlier positions; `shared_weights` is the default."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = spectral_norm(nn.Linear(4, 4), bound=0.5)
+
+        def inject(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+            return x if memory is None else x + memory.mean(dim=1, keepdim=True)
+
+        def extend_memory(self, memory: Any, x: Tensor, z: Tensor, *, length: int | None = None) -> Tensor:
+            return z
+
+        def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+            return torch.tanh(self.mix(z) + injection)
+
+    torch.manual_seed(0)
+    x, cell = torch.randn(2, 6, 4, dtype=torch.float64), OncePerSolve(Running().double())
+    how = deepeq.Pieces(equilibrium=deepeq.Equilibrium(solver=deepeq.Broyden(rtol=1e-9, max_steps=60)), length=3)
+    first, second = how(cell, x).value.split(3, dim=1)
+    assert_all_close([second], [deepeq.DEQ(cell, **EXACT)(x[:, 3:], memory=first).value], rtol=1e-6)

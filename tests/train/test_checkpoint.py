@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from deepeq.models import LanguageModel, Memory, ModelConfig, TransformerConfig, TrellisMemory
 from deepeq.train import OptimizerConfig
-from deepeq.train.checkpoint import MANIFEST, Checkpoint, SavedCheckpoint, save_checkpoint
+from deepeq.train.checkpoint import MANIFEST, CheckpointContent, SavedCheckpoint, save_checkpoint
 from deepeq.train.step import make_optimizer
 
 FABRIC = Fabric(accelerator="cpu", devices=1)
@@ -43,12 +43,12 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
     optimizer = make_optimizer(model, OptimizerConfig(name=request.param))
     one_step(model, optimizer)
     path = tmp_path / "checkpoint" / "step-000000001"
-    content = Checkpoint({"step": 1}, Memory(torch.ones(2, 3, 8), torch.zeros(2, 3, 8)), states())
+    content = CheckpointContent({"step": 1}, Memory(torch.ones(2, 3, 8), torch.zeros(2, 3, 8)), states())
     save_checkpoint(path, model, optimizer, content, FABRIC)
     return path, model, optimizer
 
 
-def restored(path: Path, model: LanguageModel | None = None) -> Checkpoint:
+def restored(path: Path, model: LanguageModel | None = None) -> CheckpointContent:
     model = make_model() if model is None else model
     return SavedCheckpoint(path).restore(model, make_optimizer(model, OptimizerConfig()))
 
@@ -89,7 +89,9 @@ def test_model_optimizer_memory_and_random_state_come_back(saved: Saved, request
 )
 def test_memory_of_any_network_comes_back(tmp_path: Path, memory: Any) -> None:
     model, path = make_model(), tmp_path / "step-1"
-    save_checkpoint(path, model, make_optimizer(model, OptimizerConfig()), Checkpoint({}, memory, states()), FABRIC)
+    save_checkpoint(
+        path, model, make_optimizer(model, OptimizerConfig()), CheckpointContent({}, memory, states()), FABRIC
+    )
     back = restored(path, model).memory
     assert type(back) is type(memory)
     torch.testing.assert_close(back, memory)
@@ -170,7 +172,7 @@ def test_failed_write_leaves_the_previous_checkpoint_whole(
 
     monkeypatch.setattr("deepeq.train.checkpoint.save", full_disk)
     with pytest.raises(OSError, match="step-000000001 cannot be written: No space left"):
-        save_checkpoint(path, model, optimizer, Checkpoint({"step": 2}, None, states()), FABRIC)
+        save_checkpoint(path, model, optimizer, CheckpointContent({"step": 2}, None, states()), FABRIC)
     assert files(path) == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -179,7 +181,7 @@ def test_written_again_replaces_and_leaves_nothing_else(saved: Saved) -> None:
     path, model, optimizer = saved
     path.with_name(f"{path.name}.tmp").mkdir()  # left by a killed process
     (path.with_name(f"{path.name}.tmp") / "rest").write_bytes(b"half a file")
-    save_checkpoint(path, model, optimizer, Checkpoint({"step": 2}, None, states()), FABRIC)
+    save_checkpoint(path, model, optimizer, CheckpointContent({"step": 2}, None, states()), FABRIC)
     assert SavedCheckpoint(path).progress == {"step": 2}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     copy = path.with_name("copy")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from deepeq import GMRES, Anderson, Broyden, Equilibrium, ImplicitAdjoint, Pieces, Solver, Stack
+from deepeq import GMRES, Anderson, Broyden, ConjugateGradient, Equilibrium, ImplicitAdjoint, Pieces, Solver, Stack
 from deepeq.train import (
     Cosine,
     Drops,
@@ -190,3 +190,18 @@ def test_solver_follows_the_validations() -> None:
 def test_equilibrium_section_of_an_explicit_network_is_refused(config: RunConfig) -> None:
     with pytest.raises(ValueError, match=r"equilibrium is set, but model.depth=2 makes an explicit network"):
         replace(config, model=replace(config.model, depth=2))
+
+
+@pytest.mark.parametrize("kind", [GMRES, ConjugateGradient])
+@pytest.mark.parametrize("name", ["solver", "eval_solver"])
+def test_linear_solvers_are_for_the_backward_pass_alone(kind: type[Solver], name: str) -> None:
+    sentence = f"{name}={kind.__name__} solves linear equations; only equilibrium.backward_solver takes it"
+    with pytest.raises(ValueError, match=sentence):
+        EquilibriumConfig(**{name: kind()})
+    assert EquilibriumConfig(backward_solver=kind()).backward_solver == kind()
+
+
+def test_step_limit_that_would_fall_below_min_steps_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"solver.max_steps=30 down to 3, below solver.min_steps=5; lower min_steps"):
+        EquilibriumConfig(solver=Broyden(min_steps=5), step_limit_schedule=Linear(end=0.1))
+    EquilibriumConfig(solver=Broyden(min_steps=3), step_limit_schedule=Linear(end=0.1))

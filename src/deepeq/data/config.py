@@ -28,7 +28,7 @@ class Published:
 
     title: str
     folder: str
-    """Its folder in the one that DEEPEQ_DATA names."""
+    """Name of its folder in `$DEEPEQ_DATA`."""
     vocab_size: int
     """Number of types, `<eos>` and `<unk>` included."""
     tokens: tuple[int, int, int]
@@ -98,17 +98,17 @@ class DataConfig:
     """
 
     corpus: CorpusName = "pydoc"
-    """The text: `pydoc` is the language reference in every CPython; `penn_treebank`, `wikitext2`, `wikitext103` and,
-    for a text of your own in three splits, `folder` lie in `folder`; `copy_memory` is generated."""
+    """The text. `pydoc` is the language reference in every CPython. `penn_treebank`, `wikitext2` and `wikitext103` are
+    read from the field `folder`. `folder` is your own text in three splits, read from the field `folder`. `copy_memory`
+    is generated."""
     files: tuple[str, ...] | str = ()
     """Paths of the user's own UTF-8 files, joined in this order by newlines; they replace `corpus`. A file named
     `*.jsonl` holds one JSON object per line, with a document in the field `text_field`."""
     text_field: str = "text"
     """Name of the field that holds the document, for JSON lines."""
     folder: str | None = None
-    """Path of the folder with train.txt, valid.txt and test.txt (or train.jsonl and so on), or of a prepared corpus;
-    None means the folder ptb, wikitext-2 or wikitext-103 inside the one that the environment variable DEEPEQ_DATA
-    names."""
+    """Path of the folder with train.txt, valid.txt and test.txt (or train.jsonl and so on), or of a prepared corpus.
+    None means `$DEEPEQ_DATA/ptb`, `$DEEPEQ_DATA/wikitext-2` or `$DEEPEQ_DATA/wikitext-103`."""
     unit: Unit = "character"
     """What one token is: `character`, `word`, or `bpe` for byte pairs of your own text. The published corpora hold
     words, so it must be `word` or `bpe` there."""

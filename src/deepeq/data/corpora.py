@@ -202,7 +202,7 @@ def _download(name: PublishedName, folder: Path, progress: Progress | None) -> N
 
 
 class _ProgressBar:
-    """What pooch calls while it downloads, as calls of a function."""
+    """Adapts a progress function to the progress bar that pooch expects."""
 
     def __init__(self, what: str, progress: Progress) -> None:
         self._what, self._progress = what, progress
@@ -245,7 +245,7 @@ def _retrieve(archive: Archive, folder: str, progress: Progress | None) -> list[
 
 
 def _prepared_folder(folder: Path, config: DataConfig) -> Path | None:
-    """Return the prepared corpus that a folder is, or the one inside it if that is up to date; else None."""
+    """Return `folder` if it is a prepared corpus, else `folder/prepared` if that is up to date, else None."""
     if (folder / CORPUS).is_file():
         return folder
     prepared, paths = folder / PREPARED, split_files(folder)

@@ -64,7 +64,8 @@ class Record:
 def prepare(text: Text, folder: Path, progress: Progress | None = None) -> None:
     """Write a text as ids into a new folder, which appears only when it is whole.
 
-    The text is read twice, in blocks: memory holds a block of it and the vocabulary. If several processes prepare the
+    The training split is read twice, for the tokenizer and for the ids. A text that must first be cut into splits is
+    also read to find the cuts. Memory holds a block of the text and the vocabulary. If several processes prepare the
     same folder at once, the first to end provides it.
 
     Args:

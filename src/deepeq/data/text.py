@@ -1,6 +1,6 @@
 """Text in blocks, so that it is never in memory as a whole; and where the text of a configuration is found.
 
-The blocks joined are the text. Line ends are newlines, whatever they are in the file.
+Joining the blocks gives the text. Line ends are newlines, whatever they are in the file.
 """
 
 import hashlib
@@ -223,7 +223,7 @@ def text_folder(config: DataConfig) -> Path:
 
 
 def published_folder(name: CorpusName) -> Path | None:
-    """Return the folder of a corpus in the one that DEEPEQ_DATA names, or None if there is none."""
+    """Return the folder of a corpus in `$DEEPEQ_DATA`, or None if the variable is not set."""
     root = os.environ.get("DEEPEQ_DATA")
     return Path(root).expanduser() / PUBLISHED[name].folder if root and name in PUBLISHED else None
 

@@ -32,7 +32,8 @@ class CellConfig(LayerConfig):
 class SequenceCell(Cell):
     """A causal cell for sequences: inputs are `(B, T, d_input)`, states are tensors `(B, T, ...)` or tuples of them.
 
-    Its memory is what the positions of a segment read from earlier segments.
+    Its memory is what the positions of a segment read from earlier segments: None, or a tuple whose tensors are all
+    `(B, ...)`. A named tuple must be listed in `deepeq.models.MEMORY_TYPES`; otherwise a checkpoint cannot be read.
     """
 
     def memory_length(self) -> int | None:

@@ -206,7 +206,7 @@ def generate(
     _check_prompts(prompts, model.embedding.vocab_size)
     if memory_len is not None:
         check_count("memory_len", memory_len, least=0)
-        start_memory(model, 1, memory_len)
+        start_memory(model, 1, memory_len)  # only for its error, before the iterator is returned
     settings = {"how": how, "segment_len": segment_len, "memory_len": memory_len}
     return _generate(model, prompts, num_tokens, sampling, seed, settings)
 

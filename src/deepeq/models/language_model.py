@@ -79,7 +79,7 @@ class ModelConfig:
     def how(self) -> How | None:
         """Return how a cell is solved where a call does not say otherwise; None for networks without a tied cell."""
         if self.depth == 0:
-            # Sequences of a batch are independent, and whoever trains counts the solves that stop at their limit.
+            # Sequences of a batch are independent, so no check is needed; training counts unconverged solves itself.
             return Equilibrium(on_failure="ignore", verify=False)
         if not self.tied:
             return None

@@ -31,7 +31,7 @@ class VocabularyConfig:
     d_embed: int | None = None
     """Channels of the most frequent words' embeddings; None for those of the network."""
     cutoffs: tuple[int, ...] = ()
-    """First ids of the clusters of rarer words, rising, such as `(20000, 40000, 200000)`; `()` for one full softmax."""
+    """Smallest id of each cluster of rarer words, rising, such as `(20000, 40000)`; `()` for one full softmax."""
     div_val: int = 1
     """Cluster `i` embeds in `d_embed // div_val**i` channels."""
     tie_weights: bool = True
@@ -41,9 +41,9 @@ class VocabularyConfig:
     scale: bool = True
     """Embeddings are multiplied by the square root of the network's channels."""
     embedding_dropout: float = 0.0
-    """Share of words whose embedding is dropped at a training step, in `[0, 1)` (Merity et al. 2018, section 4.3)."""
+    """Fraction of words whose embedding is dropped in a training step, in `[0, 1)` (Merity et al. 2018, sec. 4.3)."""
     init_std: float = 0.05
-    """Standard deviation of the first tables and projections; 0.05 in Bai et al. 2019, NeurIPS, section 5."""
+    """Standard deviation of the initial tables and projections; 0.05 in Bai et al. 2019, NeurIPS, section 5."""
 
     def __post_init__(self) -> None:
         problems = [

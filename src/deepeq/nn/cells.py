@@ -109,8 +109,8 @@ class DenseCell(_ReadyCell):
         d_in: Number of components of an input; inputs are `(B, D)`.
         width: Number of components of the state.
         hidden: Number of hidden units; default `width`.
-        gain: Size of the first weights `W_2`: their standard deviation is `gain / sqrt(hidden)`. Small values make the
-            first equilibria easy to find, and keep solves short in training.
+        gain: The initial values of `W_2` have the standard deviation `gain / sqrt(hidden)`. Small values make the first
+            equilibria easy to find, and keep solves short in training.
         dropout: Fraction of the hidden units that is dropped in training. One mask is drawn for each solve.
 
     Raises:
@@ -152,7 +152,7 @@ class ConvCell(_ReadyCell):
             a group is fixed by the normalization: with many groups, little is left for an average over positions to
             tell.
         hidden: Number of hidden channels; default `width`.
-        gain: Size of the first weights `C_2`: their standard deviation is `gain / sqrt(hidden * kernel_size**dims)`.
+        gain: The initial values of `C_2` have the standard deviation `gain / sqrt(hidden * kernel_size**dims)`.
         dropout: Fraction of the hidden channels that is dropped in training. One mask is drawn for each solve.
 
     Raises:
@@ -221,7 +221,7 @@ class AttentionCell(_ReadyCell):
             permuted inputs have permuted equilibria. For other encodings, add them to `x`.
         causal: Whether a position sees only itself and those before it.
         hidden: Number of hidden units of the feed-forward network; default `2 * width`.
-        gain: Size of the first weights `W_o` and `W_2`: their standard deviation is `gain / sqrt(fan_in)`.
+        gain: The initial values of `W_o` and `W_2` have the standard deviation `gain / sqrt(fan_in)`.
         dropout: Fraction of the hidden units that is dropped in training. One mask is drawn for each solve.
 
     Raises:

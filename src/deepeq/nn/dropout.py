@@ -56,7 +56,7 @@ class VariationalDropout(_Dropout):
     A cell draws `mask` once, in `inject`, and multiplies by it at every evaluation.
 
     Args:
-        p: Share of channels that are dropped in training, in `[0, 1)`.
+        p: Fraction of channels that are dropped in training, in `[0, 1)`.
 
     Raises:
         ValueError: `p` is out of range.
@@ -78,11 +78,11 @@ class WeightDropout(_Dropout):
     """A weight `(D_out, D_in)` of which single entries are dropped in training, the others scaled by `1 / (1 - p)`.
 
     DropConnect, for recurrent weights as Merity et al. 2018 (ICLR, section 2) use it; a parametrization for
-    `torch.nn.utils.parametrize`. A row that would lose all its entries keeps them, unscaled: a normalized weight would
-    divide by its norm.
+    `torch.nn.utils.parametrize`. A row that would lose all its entries keeps them unscaled, because weight
+    normalization would otherwise divide by zero.
 
     Args:
-        p: Share of entries that are dropped, in `[0, 1)`.
+        p: Fraction of entries that are dropped, in `[0, 1)`.
 
     Raises:
         ValueError: `p` is out of range.
@@ -114,7 +114,7 @@ def regularize_weight(module: nn.Linear, *, weight_norm: bool, dropout: float) -
     Args:
         module: Layer whose `weight` is to be regularized.
         weight_norm: Normalize the rows.
-        dropout: Share of entries dropped in training, in `[0, 1)`.
+        dropout: Fraction of entries dropped in training, in `[0, 1)`.
 
     Raises:
         ValueError: `dropout` is out of range, or the weight is parametrized already.

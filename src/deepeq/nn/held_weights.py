@@ -60,8 +60,8 @@ class OncePerSolve(nn.Module):
     """A cell that computes the parametrized weights of another cell once per solve, in `inject`.
 
     Takes the place of the wrapped cell: `deepeq.DEQ(OncePerSolve(cell))`. All that `hold_weights` says holds for each
-    solve. If the wrapped cell has `inject`, it runs with the held weights. Its `initial_state`, `output` and
-    `extend_memory` are those of the wrapper too.
+    solve. If the wrapped cell has `inject`, it runs with the held weights. The wrapper has its
+    `initial_state`, `output` and `extend_memory`, and no other optional method.
 
     Args:
         cell: A module called as `cell(z, injection)`.
@@ -76,7 +76,7 @@ class OncePerSolve(nn.Module):
         if not isinstance(cell, nn.Module):
             raise TypeError(f"cell must be a torch.nn.Module called as cell(z, injection), got {type(cell).__name__}")
         self.cell = cell
-        # Attributes of the instance, because a solver asks which of the optional methods a cell has.
+        # Set on the instance, so that `deepeq.cell.implements` sees only methods that the wrapped cell has.
         for name in ("initial_state", "output", "extend_memory"):
             if hasattr(cell, name):
                 setattr(self, name, getattr(cell, name))
@@ -88,7 +88,8 @@ class OncePerSolve(nn.Module):
         if compute is None:
             return SharedWeights(held)
         with held.in_place():
-            return SharedWeights(held, (compute(),))
+            own = compute()
+        return SharedWeights(held, () if own is None else (own,))  # None is the default of `Cell`
 
     def inject(self, x: Any, memory: Any = None, weights: "SharedWeights | None" = None) -> "HeldInjection":
         """Return the held weights with the injection of the wrapped cell, which is `x` for a cell without `inject`.

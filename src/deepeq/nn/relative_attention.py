@@ -74,7 +74,7 @@ def relative_attention(
         position: Keys `r` of the distances `S - 1 ... 0`, `(H, S, K)`.
         content_bias: `u`, `(H, 1, K)`.
         position_bias: `v`, `(H, 1, K)`.
-        mask: Additive, `(T, S)`.
+        mask: Additive mask, `(T, S)` or `(B, 1, T, S)`.
     """
     scale = query.shape[-1] ** -0.5
     by_distance = ((query + position_bias) * scale) @ position.mT  # (B, H, T, S)

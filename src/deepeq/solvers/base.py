@@ -1,4 +1,4 @@
-"""What every solver shares: tolerances, and the one rule it has to provide."""
+"""The base class of solvers: the tolerances, and `num_stored`, `init` and `step`, which a solver must define."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

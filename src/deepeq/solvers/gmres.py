@@ -118,8 +118,9 @@ class GMRESState(NamedTuple):
 class GMRES(Solver):
     """The point of smallest residual of an affine map `f(u) = M u + b` over the Krylov space of `A = I - M`.
 
-    Made for the backward pass `u = J^T u + v`. It needs `f` to be affine; on another map it does not converge, and
-    says so. An evaluation at `u_0 + ||r_0|| q` gives the product `A q = (r_0 - g) / ||r_0||` that extends the space.
+    Made for the backward pass `u = J^T u + v`. It needs `f` to be affine; on another map it does not converge, and the
+    solve misses its tolerance. An evaluation at `u_0 + ||r_0|| q` gives the product `A q = (r_0 - g) / ||r_0||` that
+    extends the space.
     Where the minimizer's residual is known to be small enough, and at the last step, the minimizer itself is
     evaluated, so that the residual that is reported is a measured one; the trace before it is that of the points
     `u_0 + ||r_0|| q`. The basis is built by Gram-Schmidt, applied twice; one vector a step is kept.

@@ -33,15 +33,20 @@ MANIFEST = "manifest.json"
 _TUPLES = {kind.__name__: kind for kind in MEMORY_TYPES}
 
 
-class Checkpoint(NamedTuple):
+class CheckpointContent(NamedTuple):
     """What a checkpoint holds besides the state of model and optimizer."""
 
-    progress: dict[str, Any]  # what JSON can hold
-    memory: Any  # of the training streams: tensors (B, ...) in tuples
-    random: dict[str, Tensor]  # (W, n) by device: one state for each process
+    progress: dict[str, Any]
+    """What JSON can hold."""
+    memory: Any
+    """Memory of the training streams: tensors `(B, ...)` in tuples."""
+    random: dict[str, Tensor]
+    """States of the random generators by device, `(W, n)` for W processes."""
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, content: Checkpoint, fabric: Fabric) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: Optimizer, content: CheckpointContent, fabric: Fabric
+) -> None:
     """Write a checkpoint. All processes call this. An older checkpoint stays whole until this one is complete.
 
     Args:
@@ -92,7 +97,7 @@ class SavedCheckpoint:
         path: The folder.
 
     Attributes:
-        progress: What `Checkpoint.progress` was.
+        progress: What `CheckpointContent.progress` was.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -118,7 +123,7 @@ class SavedCheckpoint:
         if found != FORMAT:
             raise ValueError(f"{path} is not a checkpoint of this version of deepeq (format {found!r})")
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> Checkpoint:
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> CheckpointContent:
         """Fill a model and its optimizer, and return the rest, with the rows of all processes.
 
         The number of processes, and whether they share the parameters, may differ from when it was saved.
@@ -148,7 +153,7 @@ class SavedCheckpoint:
         targets |= {prefix + name: target for prefix, part in rest.items() for name, target in part.items()}
         self._read_into({name: target for name, target in targets.items() if target.numel()})
         optimizer.state.update(states)
-        return Checkpoint(self.progress, _rebuild(self._structure, rest["memory."]), rest["random."])
+        return CheckpointContent(self.progress, _rebuild(self._structure, rest["memory."]), rest["random."])
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): held for name, held in self._held.items() if name.startswith(prefix)}
@@ -213,7 +218,7 @@ def _shapes(path: Path) -> dict[str, Tensor]:
 
 
 def _describe(memory: Any, leaves: list[Tensor]) -> Any:
-    """Return the structure of a memory for JSON: each tensor is added to `leaves` and stands there as its index."""
+    """Return the structure of a memory as JSON. Each tensor is appended to `leaves`, and its index takes its place."""
     if memory is None:
         return None
     if isinstance(memory, Tensor):

@@ -10,7 +10,7 @@ from deepeq.data import DataConfig
 from deepeq.deq import Equilibrium, How, Pieces, Stack
 from deepeq.models import ModelConfig
 from deepeq.solution import Solution
-from deepeq.solvers import GMRES, Anderson, Broyden, Solver
+from deepeq.solvers import GMRES, Anderson, Broyden, ConjugateGradient, Solver
 from deepeq.train.schedules import Cosine, Schedule, factor_at
 
 
@@ -39,11 +39,13 @@ class EquilibriumConfig:
     piece_len: int | None = None
     """Largest number of positions that are solved together (appendix E); None for a whole segment."""
     jacobian_weight: float = 0.0
-    """Weight of `jacobian_penalty` in the loss, which keeps the equilibrium easy to find; 0 for none."""
+    """Weight of `jacobian_penalty` in the loss, which keeps the equilibrium easy to find; 0 for none. The shallow stack
+    is penalized too."""
     jacobian_fraction: float = 0.5
     """Fraction of the steps that compute the penalty, evenly spread; in (0, 1]."""
     jacobian_schedule: Schedule | None = None
-    """Factor of `jacobian_weight` from the first step after the shallow stack to the last; None for none."""
+    """Factor of `jacobian_weight` from the first step after the shallow stack to the last; during the stack its first
+    value applies. None for none."""
     tolerance_schedule: Schedule | None = None
     """Factor of the solver's `rtol` and `atol` over the same steps: `Geometric(start=10, end=1)` of `deepeq.train` goes
     from loose to tight."""
@@ -53,8 +55,11 @@ class EquilibriumConfig:
     def __post_init__(self) -> None:
         problems = self._problems()
         for name in ("solver", "eval_solver"):
-            if isinstance(getattr(self, name), GMRES):
-                problems.append(f"{name}=GMRES solves linear equations, which only the backward pass has")
+            kind = type(getattr(self, name))
+            if issubclass(kind, GMRES | ConjugateGradient):
+                problems.append(
+                    f"{name}={kind.__name__} solves linear equations; only equilibrium.backward_solver takes it"
+                )
         if self.piece_len is not None and self.jacobian_weight:
             problems.append(
                 f"piece_len={self.piece_len!r} solves several maps, and the Jacobian penalty is of one: leave "
@@ -66,6 +71,13 @@ class EquilibriumConfig:
             )
         if self.jacobian_schedule is not None and not self.jacobian_weight:
             problems.append(f"jacobian_schedule={self.jacobian_schedule!r} needs a jacobian_weight to multiply")
+        if self.step_limit_schedule is not None and self.solver is not None:
+            least = min(self.step_limit_schedule.factor(progress) for progress in (0.0, 1.0)) * self.solver.max_steps
+            if least < self.solver.min_steps:
+                problems.append(
+                    f"step_limit_schedule={self.step_limit_schedule!r} brings solver.max_steps={self.solver.max_steps} "
+                    f"down to {least:g}, below solver.min_steps={self.solver.min_steps}; lower min_steps"
+                )
         if self.tolerance_schedule is not None and not min(map(self.tolerance_schedule.factor, (0.0, 1.0))) > 0.0:
             problems.append(f"tolerance_schedule={self.tolerance_schedule!r} must stay > 0")
         _raise("equilibrium", problems)
@@ -164,11 +176,11 @@ class OptimizerConfig:
     """`adamw` is Adam with decoupled weight decay, and plain Adam at `weight_decay=0`. `muon` makes the steps of the
     network's matrices orthogonal (Jordan et al. 2024), with `adamw` for all other parameters. `sgd` has no momentum."""
     lr: float = 2e-3
-    """Learning rate after the rise, which the schedule multiplies."""
+    """Learning rate at the end of the linear warm-up. The schedule multiplies it afterwards."""
     schedule: Schedule | None = None
-    """Factor of `lr` from the end of the rise to the last step; default `Cosine(end=0.05)` of `deepeq.train`."""
+    """Factor of `lr` from the end of the warm-up to the last step; default `Cosine(end=0.05)` of `deepeq.train`."""
     lr_warmup_steps: int = 50
-    """Number of optimizer steps of the linear rise to `lr`."""
+    """Number of optimizer steps of the linear warm-up to `lr`."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of Adam's running means of the gradient and of its square."""
     weight_decay: float = 0.01
@@ -191,7 +203,7 @@ class OptimizerConfig:
         return replace(self, schedule=self.schedule or Cosine(end=0.05))
 
     def lr_at(self, step: int, num_steps: int, validations: Sequence[float] = ()) -> float:
-        """Return the learning rate of a step counted from 0: a linear rise, then the schedule.
+        """Return the learning rate of a step counted from 0: a linear warm-up, then the schedule.
 
         Args:
             step: The step, counted from 0.

@@ -12,7 +12,13 @@ from lightning.fabric.loggers.logger import Logger
 
 from deepeq.data import SPLITS, Batches, DataSource, Split
 from deepeq.models import LanguageModel
-from deepeq.train.checkpoint import Checkpoint, SavedCheckpoint, random_states, save_checkpoint, set_random_states
+from deepeq.train.checkpoint import (
+    CheckpointContent,
+    SavedCheckpoint,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+)
 from deepeq.train.config import RunConfig
 from deepeq.train.distributed import any_process, peak_memory_mb, stop_on_signal
 from deepeq.train.evaluation import Averages, evaluate, measure_spectral_radius, quality_metrics
@@ -72,7 +78,10 @@ class Trainer:
             loggers: Where metrics go, in the process that writes them.
 
         Raises:
-            TrainingError: The loss or the gradient became non-finite; the parameters of the step before are untouched.
+            TrainingError: The loss or the gradient is not finite. The parameters are as before this step.
+        FloatingPointError: The loss of a validation or of the test is not finite.
+        ConvergenceError: An equilibrium in evaluation is not finite.
+        OSError: A file cannot be written.
             Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         """
         self.loggers = loggers
@@ -237,7 +246,7 @@ class Trainer:
             "averages": self.averages.state(),
             "text": self.corpus.fingerprint,
         }
-        content = Checkpoint(progress, self.optimizer_step.memory, random_states(self.fabric))
+        content = CheckpointContent(progress, self.optimizer_step.memory, random_states(self.fabric))
         path, optimizer = self.folder.at_step(self.step), self.optimizer_step.optimizer
         save_checkpoint(path, self.model, optimizer, content, self.fabric)
         if self.fabric.is_global_zero:

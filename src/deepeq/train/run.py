@@ -23,22 +23,26 @@ from deepeq.train.recipe import Resume, RunFolder
 from deepeq.train.summary import write_card
 
 
-def train(config: RunConfig, *, resume: Resume = "no", sample: bool = True) -> dict[str, Any] | None:
+def train(config: RunConfig, *, resume: Resume = "no", extras: bool = True) -> dict[str, Any] | None:
     """Train a model, evaluate its best weights on the test text, draw the figures and write a sample.
 
     Under `torchrun` every process calls this.
 
     Args:
         config: The run.
-        resume: Whether to continue from the newest checkpoint in `run.dir`: `no`, `yes`, or `auto`, if there is one.
-        sample: Whether to draw the figures and write the sample at the end.
+        resume: `no` starts a new run, `yes` continues from the newest checkpoint in `run.dir`, and `auto` continues if
+            there is one and starts otherwise.
+        extras: Whether to draw the figures and write the sample at the end.
 
     Returns:
         The result, in the first process; None in the others.
 
     Raises:
         ValueError: The run folder is in use, holds a run already, or cannot be resumed with this configuration.
-        TrainingError: The loss or the gradient became non-finite; the parameters of the step before are untouched.
+        TrainingError: The loss or the gradient is not finite. The parameters are as before this step.
+        FloatingPointError: The loss of a validation or of the test is not finite.
+        ConvergenceError: An equilibrium in evaluation is not finite.
+        OSError: A file cannot be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     with flushed_denormals():
@@ -59,9 +63,9 @@ def train(config: RunConfig, *, resume: Resume = "no", sample: bool = True) -> d
             writes = open_loggers(config, folder.path, trainer.step) if fabric.is_global_zero else nullcontext([])
             with writes as loggers:
                 trainer.fit(loggers)
-                result = _finish(trainer, sample=sample)
+                result = _finish(trainer, extras=extras)
                 with fabric.rank_zero_first():
-                    pass  # the others wait: one that left while the first still writes could end it too
+                    pass  # the others wait: if one exits early, torchrun may stop the first while it writes
         if fabric.world_size > 1:
             torch.distributed.destroy_process_group()
         return result
@@ -76,7 +80,7 @@ def _opened(folder: RunFolder, path: Path) -> SavedCheckpoint:
         raise ValueError(f"{error}{hint}") from error
 
 
-def _finish(trainer: Trainer, *, sample: bool) -> dict[str, Any] | None:
+def _finish(trainer: Trainer, *, extras: bool) -> dict[str, Any] | None:
     folder = trainer.folder
     load_weights(folder.best, trainer.model)
     test = trainer.evaluate("test")
@@ -87,7 +91,7 @@ def _finish(trainer: Trainer, *, sample: bool) -> dict[str, Any] | None:
     if validations:  # unless somebody deleted the metrics of a finished run
         valid = min(validations, key=lambda row: row["nll"])
         write_card(folder.best, trainer.trained, valid=valid, test=test, result=result)
-    if sample:
+    if extras:
         trained = open_model(folder.path) if is_sharded(trainer.model) else trainer.trained
         _write_sample(trainer, trained)
         draw_figures(folder.figures, trainer.rows, trained)

@@ -144,7 +144,7 @@ class Step:
             tokens, targets = (ids.to(self._fabric.device) for ids in batches.segment(position, epoch=epoch))
             # Gradients travel between processes once, with the last part.
             with self._fabric.no_backward_sync(self._forward, enabled=index + 1 < self._count):
-                self._backward(index, step, tokens, targets, how, weight)
+                self._run_part(index, step, tokens, targets, how, weight)
             num_rows, num_tokens = num_rows + len(targets), num_tokens + targets.numel()
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.optimizer.max_gradient_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -154,8 +154,8 @@ class Step:
         self._averages.add("gradient_norm", norm, num_rows)
         return num_tokens * self._fabric.world_size
 
-    def _backward(self, index: int, step: int, tokens: Tensor, targets: Tensor, how: How | None, weight: float) -> None:
-        """Add the gradient of one part of the batch."""
+    def _run_part(self, index: int, step: int, tokens: Tensor, targets: Tensor, how: How | None, weight: float) -> None:
+        """Run the model on one part of the batch, keep its memory, and add its gradient."""
         loss, problem = None, ""
         generators = self._generators(index, step, len(tokens)) if weight else None
         mixed = self._config.train.precision == "bf16-mixed"
