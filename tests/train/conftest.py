@@ -28,7 +28,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" *
 
 def train(config: RunConfig, **options: Any) -> dict[str, Any]:
     """Train without figures and sample, which take longer than so little training."""
-    result = train_run(config, **{"sample": False, **options})
+    result = train_run(config, **{"extras": False, **options})
     assert result is not None
     return result
 
