@@ -56,7 +56,7 @@ def test_file_tree_of_the_contributors_matches_the_disk() -> None:
     (tree,) = [block for block in blocks_there if block.startswith("src/deepeq/")]
     named = set(re.findall(r"(?<!\S)(\w+(?:\.py|/))(?=\s)", tree))
     inside = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "src" / "deepeq").iterdir()}
-    assert named == inside - {"__init__.py", "__main__.py", "__pycache__/", "py.typed"}
+    assert named == inside - {"__init__.py", "__main__.py", "__pycache__/", "py.typed", "style.mplstyle"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "recipes/README.md"])

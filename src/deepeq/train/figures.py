@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from deepeq.data import DataSource
 from deepeq.deq import Equilibrium, Pieces
 from deepeq.models import TiedNetwork
 from deepeq.solvers import FixedPointIteration
@@ -32,16 +33,19 @@ def plot_run(path: Path) -> list[Path]:
     if not any(row["split"] == "train" for row in rows):
         raise ValueError(f"{folder.metrics} holds no row of training yet; train for at least train.log_every steps")
     trained = open_model(path) if (folder.best / CONFIG).is_file() else None
-    return draw_figures(folder.figures, rows, trained)
+    return draw_figures(folder.figures, rows, trained, trained and trained.load_corpus())
 
 
-def draw_figures(folder: Path, rows: list[dict[str, Any]], trained: TrainedModel | None = None) -> list[Path]:
+def draw_figures(
+    folder: Path, rows: list[dict[str, Any]], trained: TrainedModel | None = None, corpus: DataSource | None = None
+) -> list[Path]:
     """Draw the figures of a run, and return their paths.
 
     Args:
         folder: Where the figures go.
         rows: What was measured: the rows of `metrics.jsonl`.
         trained: The best model; None if it has none yet.
+        corpus: The data that it was trained on.
     """
     folder.mkdir(exist_ok=True)
     written = []
@@ -49,8 +53,8 @@ def draw_figures(folder: Path, rows: list[dict[str, Any]], trained: TrainedModel
         figures = {"loss": _loss(rows)}
         if any("forward_steps" in row for row in rows):  # an explicit network solves nothing
             figures["steps"] = _steps(rows)
-            if trained is not None:
-                figures["convergence"] = _convergence(*_residuals(trained))
+            if trained is not None and corpus is not None:
+                figures["convergence"] = _convergence(*_residuals(trained, corpus))
         for name, figure in figures.items():
             written.append(folder / f"{name}.png")
             figure.savefig(written[-1])
@@ -100,15 +104,15 @@ def _steps(rows: list[dict[str, Any]]) -> Figure:
 
 
 @torch.no_grad()
-def _residuals(trained: TrainedModel) -> tuple[dict[str, Tensor], int]:
+def _residuals(trained: TrainedModel, corpus: DataSource) -> tuple[dict[str, Tensor], int]:
     """Return relative residuals `(steps, B)` on validation text of the evaluation solver and of stacking the cell."""
     config, model, how = trained.config, trained.model.eval(), trained.how
     network = model.network
     assert isinstance(network, TiedNetwork)
     piece, length = (how.equilibrium, how.length) if isinstance(how, Pieces) else (how, None)
     assert isinstance(piece, Equilibrium)
-    corpus, train = trained.load_corpus(), config.train
-    batches = corpus.stream("valid", batch_size=train.eval_batch_size, segment_len=config.eval_segment_len)
+    size = config.train.eval_batch_size
+    batches = corpus.stream("valid", batch_size=size, segment_len=config.eval_segment_len)
     memory = model(batches.segment(0)[0].to(model.device), how=how).memory if batches.continuous else None
     x = model.embedding(batches.segment(min(1, batches.num_segments - 1))[0].to(model.device))
     x = x[:, :length]

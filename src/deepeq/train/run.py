@@ -94,7 +94,7 @@ def _finish(trainer: Trainer, *, extras: bool) -> dict[str, Any] | None:
     if extras:
         trained = open_model(folder.path) if is_sharded(trainer.model) else trainer.trained
         _write_sample(trainer, trained)
-        draw_figures(folder.figures, trainer.rows, trained)
+        draw_figures(folder.figures, trainer.rows, trained, trainer.corpus)
     write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in result.items()}
     trainer.display.table(f"{trainer.corpus.name}: result", shown)
