@@ -81,7 +81,7 @@ def test_trained_cells_still_converge(kind: str, lr: float) -> None:
     head(layer(x).value)
     optimizer = torch.optim.Adam([*parameters, *head.parameters()], lr=lr)
     losses, converged = [], []
-    for step in range(200):
+    for step in range(120):
         rows = slice(32 * (step % 2), 32 * (step % 2) + 32)
         solution = layer(x[rows])
         loss = cross_entropy(head(solution.value), y[rows])

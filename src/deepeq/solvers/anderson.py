@@ -27,7 +27,7 @@ class Anderson(Solver):
 
     With `g = f(z) - z` and the differences `dG`, `dF` of the last `history_size` steps, `gamma` minimizes
     `||g - dG gamma||`, and `z <- f(z) - dF gamma - damping (g - dG gamma)`. The normal equations are solved in
-    float64 with columns scaled to one, and their matrix grows by one row a step. Two vectors a step are kept.
+    float64 with columns scaled to one, and their matrix grows by one row per step. Two vectors per step are kept.
 
     Needs as few evaluations as `Broyden` at the loose tolerances of training; below about 1e-3 a short window needs
     more, and may stall on a hard sample.

@@ -1,4 +1,4 @@
-"""Broyden's method with one stored vector a step."""
+"""Broyden's method with one stored vector per step."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Broyden(Solver):
 
     With `d = -B g` and `z <- z + a d`, Sherman-Morrison turns the update into a factor of the inverse,
     `B_{j+1} = (I + v_j d_j^T) B_j` with `v_j = (d_{j+1} + (a_j - 1) d_j) / ||d_j||^2`, so that the directions alone
-    rebuild `B`: one vector a step instead of two. When `history_size` of them are stored the method starts again from
+    rebuild `B`: one vector per step instead of two. When `history_size` of them are stored the method starts again from
     `B0`: dropping only the oldest factor would break the secant equations of all later ones.
 
     Differs from the paper's code in that a sample whose update would divide by nearly zero skips it.

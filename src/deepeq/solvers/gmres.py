@@ -123,7 +123,7 @@ class GMRES(Solver):
     extends the space.
     Where the minimizer's residual is known to be small enough, and at the last step, the minimizer itself is
     evaluated, so that the residual that is reported is a measured one; the trace before it is that of the points
-    `u_0 + ||r_0|| q`. The basis is built by Gram-Schmidt, applied twice; one vector a step is kept.
+    `u_0 + ||r_0|| q`. The basis is built by Gram-Schmidt, applied twice; one vector per step is kept.
 
     References:
         Saad and Schultz (1986), SIAM J. Sci. Stat. Comput. 7, alg. 4.
