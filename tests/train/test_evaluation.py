@@ -238,7 +238,7 @@ def test_restored_averages_go_on_exactly() -> None:
 
 def test_evaluation_weights_every_token_alike(config: RunConfig) -> None:
     trainer = make_trainer(config)
-    stream = trainer.batches("valid")
+    stream = trainer.batches["valid"]
     lengths = {targets.shape[1] for _, targets in stream}
     assert len(lengths) == 2  # the last segment is shorter
     values, memory, total = evaluate(trainer.model, stream), None, 0.0

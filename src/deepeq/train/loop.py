@@ -62,8 +62,14 @@ class Trainer:
         self.model = LanguageModel(corpus.vocab_size, config.model)
         if config.train.precision == "64-true":
             self.model.double()
+        self.batches = {split: self._batches(split) for split in SPLITS}
+        """The splits, with the rows of all processes."""
+        self.trained = TrainedModel(
+            config=config, vocab_size=corpus.vocab_size, tokenizer=corpus.tokenizer, model=self.model, data=config.data
+        )
+        """The model as it is at any time, with what it needs to predict."""
         self.averages = Averages(fabric)
-        self.optimizer_step = Step(self.model, config, self.batches("train"), fabric, self.averages)
+        self.optimizer_step = Step(self.model, config, self.batches["train"], fabric, self.averages)
         if fabric.global_rank > 0:  # dropout must differ between the processes
             torch.manual_seed(config.train.seed + fabric.global_rank * 1_000_003)
         self.step, self.seconds, self.best_nll = 0, 0.0, math.inf
@@ -79,9 +85,9 @@ class Trainer:
 
         Raises:
             TrainingError: The loss or the gradient is not finite. The parameters are as before this step.
-        FloatingPointError: The loss of a validation or of the test is not finite.
-        ConvergenceError: An equilibrium in evaluation is not finite.
-        OSError: A file cannot be written.
+            FloatingPointError: The loss of a validation is not finite.
+            ConvergenceError: An equilibrium in evaluation is not finite.
+            OSError: A file cannot be written.
             Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         """
         self.loggers = loggers
@@ -122,7 +128,7 @@ class Trainer:
     def evaluate(self, split: Split) -> dict[str, Any]:
         """Return the quality on a split, solved as in evaluation, and write it to the metrics."""
         self.model.eval()
-        how, whole = self.config.evaluation_how(), self.batches(split)
+        how, whole = self.trained.how, self.batches[split]
         own = whole.shard(self.fabric.global_rank, self.fabric.world_size)
         values = evaluate(self.model, own, how=how, fabric=self.fabric)
         values |= self.quality(split, values["nll"])
@@ -135,12 +141,7 @@ class Trainer:
         """Return what the field reports for a mean loss on a split."""
         return quality_metrics(self.corpus.unit, nll, bytes_per_token=self.corpus.bytes_per_token(split))
 
-    def batches(self, split: Split) -> Batches:
-        """Return a split, with the rows of all processes.
-
-        Raises:
-            ValueError: The split does not fit the batch size or the number of processes.
-        """
+    def _batches(self, split: Split) -> Batches:
         train = self.config.train
         length = train.segment_len if split == "train" else self.config.eval_segment_len
         name = "batch_size" if split == "train" else "eval_batch_size"
@@ -158,18 +159,6 @@ class Trainer:
     def rows(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` so far, in the process that writes them."""
         return next((logger.rows for logger in self.loggers if isinstance(logger, MetricsFile)), [])
-
-    @property
-    def trained(self) -> TrainedModel:
-        """The model as it is now, with what it needs to predict."""
-        config, corpus = self.config, self.corpus
-        return TrainedModel(
-            config=config,
-            vocab_size=corpus.vocab_size,
-            tokenizer=corpus.tokenizer,
-            model=self.model,
-            data=config.data,
-        )
 
     def restore(self, saved: SavedCheckpoint) -> None:
         """Continue from a checkpoint.
@@ -254,7 +243,7 @@ class Trainer:
         self.fabric.barrier()
 
     def _headline(self) -> str:
-        sizes = " / ".join(f"{self.batches(split).num_tokens:,}" for split in SPLITS)
+        sizes = " / ".join(f"{self.batches[split].num_tokens:,}" for split in SPLITS)
         processes = f"{self.fabric.world_size} x " if self.fabric.world_size > 1 else ""
         return (
             f"{self.corpus.name}: {sizes} targets to train / validate / test, {self.corpus.vocab_size:,} types; "
