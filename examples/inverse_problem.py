@@ -90,19 +90,18 @@ def total_variation(y: Tensor, weight: float, steps: int) -> Tensor:
 
 if __name__ == "__main__":
     arguments, curves, rows, (figure, (left, right)) = parse("inverse_problem", __doc__), {}, [], panels(2, width=8)
-    fast, began, pictures = arguments.fast, time.time(), crops(TRAIN, 32)
+    began, pictures, x = time.time(), crops(TRAIN, 32), crops(TEST, 48)[:: 50 if arguments.fast else 4]
     torch.manual_seed(0)
-    x = crops(TEST, 48)[:: 50 if fast else 4]
     y = blur(x) + 0.01 * torch.randn_like(x)
-    columns = [y, total_variation(y, 1.5e-3, 5 if fast else 200)]  # a good weight on the pictures of training
+    columns = [y, total_variation(y, 1.5e-3, 5 if arguments.fast else 200)]  # a good weight for the training pictures
     tv = Row("total variation", None, [0], [psnr(columns[1], x)], [time.time() - began])
     for name, (how, steps, far) in HOW.items():
         rows.append(Row(name, count(Step()), arguments.seeds, [], []))
         for seed in arguments.seeds:
             torch.manual_seed(seed)
             began, step, states = time.time(), Step(), []
-            fit(step, None, pictures, 10 if fast else 300)
-            fit(step, how, pictures, 1 if fast else steps)
+            fit(step, None, pictures, 10 if arguments.fast else 300)
+            fit(step, how, pictures, 1 if arguments.fast else steps)
             with torch.no_grad():
                 far(OncePerSolve(step.eval()), y, y, callback=lambda _, z, __, states=states: states.append(z))
             states += [states[-1]] * (LONG + 1 - len(states))  # a search that is done stays
@@ -111,10 +110,11 @@ if __name__ == "__main__":
         columns += [states[5], states[LONG]]
         rows[-1].reached += [curve[5 if "5" in name else LONG] for curve in curves[name]]
         left.plot(torch.tensor(curves[name]).mean(0).tolist(), label=name)
-    left.axhline(tv.reached[0], color="black", linestyle="--", label="total variation")
-    left.set(xlabel="iterations", ylabel="PSNR in dB (higher is better)", ylim=(18, 30))
+    left.axhline(tv.reached[0], color="black", linestyle="--", label=tv.model)
+    left.set(xlabel="iterations", ylabel="PSNR in dB (higher is better)", ylim=(18, 32))
     left.legend(fontsize=12)
     right.imshow(torch.cat([torch.cat(list(z[::8, 0])) for z in (*columns, x)], 1).clamp(0, 1).numpy(), cmap="gray")
     right.set(xticks=[], yticks=[], xlabel="seen, TV, equilibrium (5, 100 steps), unrolled (5, 100), original")
-    note, metric, details = "NOTE.", "PSNR of test pictures (dB)", {"curves": curves}
-    save(arguments, [*rows, tv], figure, metric=metric, target=26.0, note=note, details=details)
+    note = "Total variation, which nobody trained, restores best; five unrolled steps train in less time."
+    metric, details, target = "PSNR of test pictures (dB)", {"curves": curves}, tv.reached[0]
+    save(arguments, [*rows, tv], figure, metric=metric, target=target, note=note, details=details)
