@@ -21,15 +21,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-# Okabe and Ito's palette, which color-blind readers can tell apart. The equilibrium takes the first color.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {"font.size": 15, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2.5, "legend.frameon": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": matplotlib.cycler(color=COLORS)}
+COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6")  # of the style; the equilibrium takes the first
+LARGE = {"font.size": 15, "axes.labelsize": 15, "axes.titlesize": 18, "legend.fontsize": 15, "lines.linewidth": 2.5}
 
 
 @dataclass
@@ -58,7 +56,7 @@ def parse(name: str, description: str | None, seeds: tuple[int, ...] = (0, 1, 2)
 
 def panels(columns: int = 1, rows: int = 1, width: float = 6.5, height: float = 4.8) -> tuple[Figure, Any]:
     """Return a figure and its axes, `width` x `height` inches each; one of them, or an array of several."""
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.style.use(["deepeq.style", LARGE])
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns)
 

@@ -421,6 +421,16 @@ def test_error_of_the_map_itself_passes_unchanged() -> None:
         fixed_point(lambda z: {}["mine"], torch.ones(2, 3))
 
 
+def test_error_of_a_solve_inside_of_the_map_passes_unchanged() -> None:
+    def f(z: Tensor) -> Tensor:
+        raise ConvergenceError("divide g and z by their typical sizes", inner)
+
+    inner = fixed_point(torch.cos, torch.zeros(1, 1))
+    with pytest.raises(ConvergenceError, match="^divide g and z by their typical sizes$") as caught:
+        fixed_point(f, torch.ones(2, 3))
+    assert caught.value.solution is inner
+
+
 def test_vector_that_is_taken_for_a_batch_is_named() -> None:
     weight = 2.0 * torch.linalg.qr(torch.randn(16, 16))[0]
     said = message(lambda z: torch.tanh(weight @ z + 1.0), torch.zeros(16), Broyden(max_steps=20))

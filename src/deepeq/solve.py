@@ -318,7 +318,9 @@ class _Watched:
         try:
             value = self._function(state)
         except (RuntimeError, TypeError) as error:
-            sentence = explain_error(error, self._name, state) if self.num_calls == 1 else ""
+            # Errors of other classes, such as that of a solve inside of f, say more than a shape does.
+            plain = self.num_calls == 1 and type(error) in (RuntimeError, TypeError)
+            sentence = explain_error(error, self._name, state) if plain else ""
             if not sentence:
                 raise
             raise type(error)(sentence) from error

@@ -132,7 +132,7 @@ def short_error(message: str, options: str = "") -> str:
 
     Args:
         message: The error.
-        options: The help of the command, which names its options; default that of a recipe.
+        options: Help text of the command, in which the names of its options stand. The default is that of a recipe.
     """
     if (found := _FIELD.search(message)) is not None:
         path, name = found.groups()
