@@ -13,7 +13,6 @@ from deepeq import (
     DEQ,
     GMRES,
     Anderson,
-    Broyden,
     Cell,
     Equilibrium,
     FixedPointIteration,
@@ -184,7 +183,7 @@ def test_mistakes_are_named_when_the_value_is_built(make: Any, error: type[Excep
 
 
 def test_defaults_are_those_of_fixed_point() -> None:
-    assert Equilibrium() == Equilibrium(solver=Broyden(), adjoint=ImplicitAdjoint(), batch_dims=1, norm="parts")
+    assert Equilibrium() == Equilibrium(solver=Anderson(), adjoint=ImplicitAdjoint(), batch_dims=1, norm="parts")
     assert DEQ(Chain()).how == Equilibrium()
     other = Equilibrium(solver=FixedPointIteration(), adjoint=NeumannAdjoint())
     assert DEQ(Chain(), solver=FixedPointIteration(), adjoint=NeumannAdjoint()).how == other

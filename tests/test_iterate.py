@@ -1,12 +1,14 @@
 """The loop: when it stops, what it keeps, and what it must not touch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, Result, Solver
 from deepeq.iterate import iterate
 from deepeq.problem import Problem
-from tests.problems import PROBLEMS, Recorder, relative_residual
+from tests.problems import PROBLEMS, Recorder, relative_residual, solve
 
 SOLVERS = [
     FixedPointIteration(rtol=1e-4, max_steps=40),
@@ -247,3 +249,36 @@ def test_huge_but_finite_map_is_not_mistaken_for_converged():
 def test_solver_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Solver()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [Anderson(max_steps=60), Anderson(projection="type_ii"), Broyden(max_steps=60)])
+@pytest.mark.parametrize("shift", [lambda x: x, torch.tanh, lambda x: 1e-3 * x], ids=["x", "tanh", "small"])
+def test_a_map_without_an_equilibrium_is_never_called_converged(shift, solver, dtype):
+    """Where `f(z) = z + c`, the relative residual `||c|| / ||z||` falls with every step although nothing converges."""
+    c = shift(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).to(dtype))
+    solution = solve(lambda z: z + c, torch.zeros_like(c), solver=replace(solver, rtol=1e-2), nonfinite="keep")
+    assert not solution.converged.any()
+
+
+@pytest.mark.parametrize("num_steps", [400, 4000])
+def test_plain_iteration_away_from_everything_is_told_as_such(num_steps):
+    solver = FixedPointIteration(rtol=1e-2, max_steps=num_steps)
+    solution = solve(lambda z: z + 1.0, torch.zeros(1, 3), solver=solver)
+    assert not solution.converged.any()
+    assert "no equilibrium in sight" in solution.message
+
+
+@pytest.mark.parametrize("slope", [0.9, 0.99, 0.999])
+def test_an_equilibrium_far_away_is_found(slope):
+    z0 = torch.zeros(1, 4, dtype=torch.float64)
+    solution = solve(lambda z: slope * z + 1.0, z0, solver=Anderson(rtol=1e-6))
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, torch.full_like(z0, 1 / (1 - slope)), rtol=1e-3, atol=0.0)
+
+
+def test_a_start_beside_an_unstable_equilibrium_may_leave_it():
+    """The first residual is tiny there, and no measure of the others."""
+    solution = solve(lambda z: torch.tanh(3 * z) + 1e-9, torch.zeros(1, 1), solver=FixedPointIteration(max_steps=60))
+    assert solution.converged.all()
+    assert solution.value.item() == pytest.approx(0.9949, abs=1e-3)

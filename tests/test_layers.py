@@ -198,7 +198,7 @@ def test_deq_hands_on_solver_adjoint_and_throw():
     )
     assert (one - exact).norm() > 0.1 * exact.norm()
     default = DEQ(cell)
-    assert default.solver == Broyden()
+    assert default.solver == Anderson()
     assert default.adjoint == ImplicitAdjoint()
 
 

@@ -22,7 +22,7 @@ from deepeq.norms import ratio, safe_two_norm
 from deepeq.packing import Norm, NormName, Packing
 from deepeq.solution import Result, Solution
 from deepeq.solve import Nonfinite, check_rules, fixed_point
-from deepeq.solvers import Broyden, Solver
+from deepeq.solvers import Anderson, Solver
 
 Callback = Callable[[int, Any, Tensor], None]
 
@@ -36,7 +36,7 @@ class Equilibrium:
         ValueError: Another field has a value that is not allowed.
     """
 
-    solver: Solver = field(default_factory=Broyden)
+    solver: Solver = field(default_factory=Anderson)
     """Forward solver."""
     adjoint: Adjoint = field(default_factory=ImplicitAdjoint)
     """How gradients are computed."""

@@ -55,15 +55,23 @@ def explain_steps(
     if not len(solution.residual_history):
         return f"max_steps=0 of {type(solver).__name__} runs no search, so the first state was returned unchanged"
     worst = int(torch.where(solution.converged, -torch.inf, solution.relative_residual).argmax())
-    residual = float(solution.relative_residual[worst])
+    residual, steps = float(solution.relative_residual[worst]), int(solution.num_steps[worst])
+    problem = f"problem {worst} of {len(solution.relative_residual)} (counted from 0)"
+    smallest = float(solution.residual_history[:, worst].nan_to_num(torch.inf).min())
+    if kind == "fixed point" and not solver.atol and smallest <= solver.rtol and steps >= solver.min_steps:
+        return (
+            f"{problem} has no equilibrium in sight after {steps} steps: its state grows while f(z) - z does not "
+            "shrink, so a small relative residual says nothing; put a normalization or a bounded function around the "
+            "whole of f"
+        )
+    digits = 1 if residual > 1.05 * solver.rtol else 4
     reached = (
-        f"the residual of problem {worst} of {len(solution.relative_residual)} (counted from 0) is {residual:.1e} "
-        f"after {int(solution.num_steps[worst])} steps, above its tolerance (rtol={solver.rtol:g}, "
-        f"atol={solver.atol:g})"
+        f"the residual of {problem} is {residual:.{digits}e} after {steps} steps, above its tolerance "
+        f"(rtol={solver.rtol:g}, atol={solver.atol:g})"
     )
     if kind == "linear":
         other = "" if isinstance(solver, GMRES) else ", or take GMRES()"
-        generic = f"raise max_steps, loosen rtol (to 1e-2 where f works in 16 bits){other}"
+        generic = f"raise max_steps, loosen {_tolerance(solver)} (to 1e-2 where f works in 16 bits){other}"
         return f"{reached}; {solver.advice(len(solution.residual_history)) or generic}"
     return (
         f"{reached}; {_about_vectors(solution)}{_advice(solution, solver, worst, absolute[:, worst], kind, resolution)}"
@@ -84,10 +92,13 @@ def _advice(solution: Solution, solver: Solver, worst: int, sizes: Tensor, kind:
         )
         return f"{away}. Besides, {own}" if own else away
     if half and float(history[half:].min()) < 0.5 * float(history[:half].min()):
-        falling = "the residual is still falling: raise max_steps, or loosen rtol"
+        falling = f"the residual is still falling: raise max_steps, or loosen {_tolerance(solver)}"
         return f"{falling}. If that does not help, {own}" if own else falling
     if residual <= max(30 * torch.finfo(solution.relative_residual.dtype).eps, 2 * resolution):
-        return "the residual is at rounding level: raise rtol (to 1e-2 where f works in 16 bits), or use a wider dtype"
+        return (
+            f"the residual is at rounding level: raise {_tolerance(solver)} (to 1e-2 where f works in 16 bits), or use "
+            "a wider dtype"
+        )
     if kind == "fixed point" and residual > 0.1 and absolute < 1e-3 * float(sizes[0]):
         return "the equilibrium seems to be near zero, where a relative residual says little: set atol"
     if own:
@@ -96,7 +107,15 @@ def _advice(solution: Solution, solver: Solver, worst: int, sizes: Tensor, kind:
     remedy = "make the map more contractive (deepeq.jacobian_penalty)"
     if kind == "root":
         remedy = "start elsewhere, or divide g and z by their typical sizes"
-    return f"the residual has stopped falling: loosen rtol, try {' or '.join(others)}, or {remedy}"
+    none = ", if there is an equilibrium at all" if residual > 0.1 and kind == "fixed point" else ""
+    return (
+        f"the residual has stopped falling: try {' or '.join(others)}, {remedy}, or loosen {_tolerance(solver)}{none}"
+    )
+
+
+def _tolerance(solver: Solver) -> str:
+    """Return the name of the tolerance that decides."""
+    return "rtol" if solver.rtol else "atol"
 
 
 def _about_vectors(solution: Solution) -> str:
@@ -178,6 +197,7 @@ def explain_error(error: Exception, name: str, state: Any) -> str:
     if isinstance(error, RuntimeError) and ("shape" in str(error) or "size" in str(error)):
         return (
             f"{name} fails at the first state, of shape {shapes}: {error}. A layer starts from zeros shaped like its "
-            "input; if the state has another shape, give z0, or define initial_state(x) in the cell"
+            "input: if the state has another shape, define initial_state(x) in the cell or give z0; if the input has "
+            "another width than the state, project it (a Linear in inject)"
         )
     return ""

@@ -13,7 +13,7 @@ from deepeq.diagnosis import OnFailure
 from deepeq.packing import Norm
 from deepeq.solution import Solution, State
 from deepeq.solve import Nonfinite, without_compiling
-from deepeq.solvers import Broyden, Solver
+from deepeq.solvers import Anderson, Solver
 
 
 class Layer(nn.Module):
@@ -51,7 +51,7 @@ class DEQ(Layer):
 
     Args:
         cell: A `Cell`, or any module called as `cell(z, x)`.
-        solver: Forward solver; default `Broyden()`.
+        solver: Forward solver; default `Anderson()`.
         adjoint: How gradients are computed; default `ImplicitAdjoint()`.
         batch_dims: Number of leading dimensions of the state that index independent problems; 0 for one coupled state.
         norm: What is compared with the tolerances, as in `fixed_point`.
@@ -77,7 +77,7 @@ class DEQ(Layer):
         throw: bool = False,
     ) -> None:
         how = Equilibrium(
-            solver=Broyden() if solver is None else solver,
+            solver=Anderson() if solver is None else solver,
             adjoint=ImplicitAdjoint() if adjoint is None else adjoint,
             batch_dims=batch_dims,
             norm=norm,

@@ -67,20 +67,26 @@ class Measured(NamedTuple):
     total: Tensor  # finite where the point and its value are finite
 
 
+FAR = 30.0
+"""Growth of `||f(z)||` from the first point on, beyond which a relative residual does not say enough."""
+
+
 class Measures:
     """The residuals of points, for one search."""
 
     def __init__(self, problem: Problem, solver: Solver) -> None:
         self._problem, self._rtol, self._atol = problem, solver.rtol, solver.atol
         self._first: Tensor | None = None  # ||f(z0)||, or ||g(z0)|| for a root, to which its residuals are relative
+        self._first_distance: Tensor | None = None
+        self._largest: Tensor | None = None  # distance so far
 
     def __call__(self, fz: Tensor, measured: Tensor) -> Measured:
         if measured.requires_grad:
             fz, measured = fz.detach(), measured.detach()
         distance = self._problem.norm(measured)
         scale = distance if self._problem.root else self._problem.norm(fz)
-        if self._first is None:
-            self._first = scale
+        if self._first is None or self._first_distance is None or self._largest is None:
+            self._first, self._first_distance, self._largest = scale, distance, distance
         floor = None  # tolerances are not asked to be smaller
         if self._problem.root:
             scale, rounding = self._first, self._problem.rounding
@@ -100,8 +106,27 @@ class Measures:
             error = ratio(distance, tolerance if floor is None else torch.maximum(tolerance, floor))
         else:
             error = relative / self._rtol
+        if not self._problem.root:
+            self._largest = torch.maximum(self._largest, distance)
+            if error.is_cuda or bool((error <= 1.0).any()):
+                error = torch.maximum(error, self._farness(scale, distance, torch.finfo(measured.dtype).eps))
         if distance.ndim == 1:
             return Measured(error, relative, distance, distance, torch.maximum(distance, scale))
         compared = distance / torch.where(self._first > 0, self._first, scale)
         rows = Measured(error, relative, distance, compared.nan_to_num(0.0), torch.maximum(distance, scale))
         return Measured(*(row.amax(dim=1) for row in rows))
+
+    def _farness(self, scale: Tensor, distance: Tensor, eps: float) -> Tensor:
+        """Return numbers above one where only the growth of the state makes a relative residual small, else zero.
+
+        The residual has not shrunk, or the state is so large that rounding hides every residual that was seen.
+        """
+        assert self._first is not None
+        assert self._first_distance is not None
+        assert self._largest is not None
+        shrunk = distance / (0.1 * self._first_distance)
+        hidden = 10.0 * max(eps, self._problem.resolution) * scale / self._largest
+        far = scale > FAR * self._first
+        return torch.where(
+            far & (hidden > 1.0), hidden, torch.where(far & (shrunk > 1.0) & (shrunk < 1e3), shrunk, 0.0)
+        )

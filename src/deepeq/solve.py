@@ -15,7 +15,7 @@ from deepeq.packing import Map, Norm, Packing
 from deepeq.problem import Problem
 from deepeq.scaling import automatic_scale
 from deepeq.solution import ConvergenceError, Result, Solution, State
-from deepeq.solvers import Broyden, NewtonKrylov, Solver
+from deepeq.solvers import Anderson, NewtonKrylov, Solver
 
 Nonfinite = Literal["raise", "keep"]
 """What happens when a value is not finite: an error after the other problems are solved, or a Solution that says so."""
@@ -68,7 +68,7 @@ def fixed_point(
         f: Map of a state to a state of the same structure and shapes, pure in its argument. It may close over any
             tensors: all get their gradients.
         z0: A real or complex tensor, or a tuple, list or dict of them; `(B, ...)` for `B` independent problems.
-        solver: The rule, its tolerances and step limit; default `Broyden()`.
+        solver: The rule, its tolerances and step limit; default `Anderson()`.
         adjoint: How gradients are computed; default `ImplicitAdjoint()`, the exact ones.
         batch_dims: Number of leading dimensions of `z0` that index independent problems. With 0 the whole state is one
             coupled problem, such as the nodes of a graph or a self-consistent field.
@@ -219,10 +219,10 @@ def check_rules(solver: Solver | None, adjoint: Adjoint | None) -> tuple[Solver,
     Raises:
         TypeError: One of them is something else.
     """
-    solver = Broyden() if solver is None else solver
+    solver = Anderson() if solver is None else solver
     adjoint = ImplicitAdjoint() if adjoint is None else adjoint
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver={solver!r} must be a Solver, such as Broyden(rtol=1e-3)")
+        raise TypeError(f"solver={solver!r} must be a Solver, such as Anderson(rtol=1e-3)")
     if not isinstance(adjoint, Adjoint):
         raise TypeError(f"adjoint={adjoint!r} must be an Adjoint, such as ImplicitAdjoint()")
     return solver, adjoint

@@ -211,6 +211,7 @@ OPTIONS = [
     (Anderson, "tanh", {}, {"damping": 0.5}),
     (Anderson, "tanh", {}, {"history_size": 2}),
     (Anderson, "tanh", {}, {"ridge": 1e-1}),
+    (Anderson, "tanh", {}, {"projection": "type_i"}),
     (Broyden, "tanh", {}, {"damping": 0.5}),
     (Broyden, "tanh", {}, {"history_size": 3}),
     (Broyden, "stiff", {}, {"line_search_steps": 2}),
@@ -284,7 +285,7 @@ def test_stop_follows_the_stated_criterion(solver_name, fields):
         *[(cls, {"damping": value}) for cls in (FixedPointIteration, Anderson, Broyden) for value in (-0.1, 1.0)],
         (Anderson, {"history_size": 0}),
         (Anderson, {"history_size": 1.5}),
-        (Anderson, {"ridge": 0.0}),
+        (Anderson, {"ridge": -0.1}),
         (Anderson, {"ridge": 1.0}),
         (Broyden, {"history_size": 0}),
         (Broyden, {"line_search_steps": -1}),
@@ -320,7 +321,7 @@ def test_solver_is_an_immutable_value(cls):
 def test_solver_keeps_no_more_vectors_than_its_window():
     z, g = torch.zeros(2, 7, dtype=torch.float64), torch.Generator().manual_seed(0)
     for solver, count in [
-        (Anderson(history_size=3), lambda s: max(len(s.delta_f), len(s.delta_g), s.gram.shape[1])),
+        (Anderson(history_size=3), lambda s: s.differences.size),
         (Broyden(history_size=3), lambda s: len(s.directions)),
         (GMRES(restart=3, max_steps=50), lambda s: s.basis.size),
     ]:

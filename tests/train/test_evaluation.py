@@ -89,7 +89,7 @@ def test_command_takes_every_option_and_its_last_line_is_what_was_used(
     assert main(["eval", "--run", str(runs["transformer"]), *given, *solver]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: values[name] for name in options} == options
-    own = {"name": "Anderson", "min_steps": 0, "history_size": 5, "ridge": 1e-8, "damping": 0.0}
+    own = {"name": "Anderson", "min_steps": 0, "history_size": 5, "projection": "mixed", "ridge": 0.0, "damping": 0.0}
     assert values["solver"] == of_solver | own
     assert values["device"] == "cpu"
     assert values["num_params"] > 0

@@ -65,7 +65,7 @@ def test_costs_of_a_transformer_count_attention_over_its_memory() -> None:
 
 def test_histories_are_the_vectors_that_solvers_keep() -> None:
     info = describe_model(TRANSFORMER)
-    assert info["solver_history_bytes"] == 4 * 80 * (2 + 2 * 3)
+    assert info["solver_history_bytes"] == 4 * 80 * (1 + 3)
     assert info["backward_solver_history_bytes"] == 4 * 80 * (
         2 + 5
     )  # of 7 steps, the first and the last need no vector of the space

@@ -15,8 +15,12 @@ class Solver(ABC):
     """A rule from `(z, f(z), g(z), state)` to `(next z, state)`, with the tolerances at which the search stops.
 
     A problem is done when `||g|| <= atol + rtol ||f(z)||` for `z = f(z)`, where `g = f(z) - z`. For `g(z) = 0` it is
-    done when `||g|| <= atol + rtol ||g(z0)||`. A rule treats the problems of a batch independently. It returns finite
-    values for finite arguments, also where `g = 0`.
+    done when `||g|| <= atol + rtol ||g(z0)||`. Where a state grows without bound, a relative residual
+    falls although nothing converges. A fixed point whose `||f(z)||` is more than 30 times `||f(z0)||` is therefore done
+    only if `||g||` has also fallen to a tenth of the first one, or is more than a hundred times it.
+
+    A rule treats the problems of a batch independently. It returns finite values for finite arguments, also where
+    `g = 0`.
 
     Raises:
         ValueError: A field is out of range.

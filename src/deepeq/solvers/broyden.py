@@ -37,7 +37,7 @@ class Broyden(Solver):
         SIAM, sec. 7.3 (the one-vector recursion).
     """
 
-    history_size: int = 30
+    history_size: int = 100
     """Most directions kept; the method restarts when they are used up."""
     damping: float = 0.0
     """`1 - a`, where `a` is the step length of eq. 6; 0 means full steps."""

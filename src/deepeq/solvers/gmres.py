@@ -2,87 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from deepeq.checks import check_count
-from deepeq.norms import inner, two_norm
+from deepeq.norms import two_norm
 from deepeq.solvers.base import Solver
-
-_BLOCK = 16
-"""Vectors in a block: few, so that little memory is held in advance, but enough for batched products to pay."""
-_FAST = 400
-"""Multiplications in each product from which on the CPU has a fast routine for a batch of them."""
-
-
-class Basis(NamedTuple):
-    """Vectors `(B, N)`, in blocks `(B, n, N)` whose last one may have room for more."""
-
-    blocks: tuple[Tensor, ...] = ()
-    size: int = 0
-
-    def append(self, q: Tensor, capacity: int) -> Self:
-        """Return the vectors with one more; blocks are made for `capacity` vectors at most.
-
-        Writes into the last block where it has room and no gradient is recorded, so `self` must not be used again.
-        """
-        if torch.is_grad_enabled():
-            return self._replace(blocks=(*self.blocks, q.unsqueeze(1)), size=self.size + 1)
-        blocks, place = self.blocks, self.size - sum(block.shape[1] for block in self.blocks[:-1])
-        if not blocks or place == blocks[-1].shape[1]:
-            room = max(1, min(_BLOCK, capacity - self.size))
-            blocks, place = (*blocks, q.new_empty((q.shape[0], room, q.shape[1]))), 0
-        blocks[-1][:, place] = q
-        return self._replace(blocks=blocks, size=self.size + 1)
-
-    def parts(self) -> list[Tensor]:
-        """Return the blocks without their free places."""
-        *full, last = self.blocks
-        return [*full, last[:, : self.size - sum(block.shape[1] for block in full)]]
-
-    def inner(self, w: Tensor) -> Tensor:
-        """Return the inner products of each vector with `w`, `(B, size)`."""
-        rows = []
-        for part in self.parts():
-            if _is_small(part):
-                rows += [_inner(q, w) for q in part.unbind(1)]
-            else:
-                rows.append(_times(w, part.mT))
-        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
-
-    def add(self, w: Tensor, coefficients: Tensor, *, sign: int = 1) -> Tensor:
-        """Return `w` plus, or minus, a combination of the vectors.
-
-        Args:
-            w: Vectors `(B, N)`.
-            coefficients: Coefficients of the combination, `(B, size)`.
-            sign: 1 for plus, -1 for minus.
-        """
-        parts = self.parts()
-        for part, row in zip(parts, coefficients.split([part.shape[1] for part in parts], dim=1), strict=True):
-            if _is_small(part):
-                for q, coefficient in zip(part.unbind(1), row.split(1, dim=1), strict=True):
-                    w = torch.addcmul(w, q, coefficient, value=sign)
-            else:
-                w = torch.add(w, _times(row, part), alpha=sign)
-        return w
-
-
-def _is_small(matrix: Tensor) -> bool:
-    return matrix.shape[1] * matrix.shape[2] < _FAST
-
-
-def _times(row: Tensor, matrix: Tensor) -> Tensor:
-    """Return the products `(B, m), (B, m, n) -> (B, n)`."""
-    # As a row times a matrix it is several times faster, on the CPU, than as a matrix times a column.
-    return torch.bmm(row.unsqueeze(1), matrix).squeeze(1)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return inner(a, b).unsqueeze(1)
+from deepeq.solvers.basis import FAST, Basis, times
 
 
 class GMRESState(NamedTuple):
@@ -298,8 +227,8 @@ def _factorize(components: Tensor, norm: Tensor, state: GMRESState) -> tuple[Ten
 
     done, inverse = rotated.shape[1], state.inverse
     # More zeros make a small product a fast one.
-    read = done if done < 8 else max(done, min(inverse.shape[1], math.isqrt(_FAST)))
-    product = _times(pad(rotated, (0, read - done)), inverse[:, :read, :read])[:, :done]
+    read = done if done < 8 else max(done, min(inverse.shape[1], math.isqrt(FAST)))
+    product = times(pad(rotated, (0, read - done)), inverse[:, :read, :read])[:, :done]
     if inverse.shape[1] == done:
         room = 1 if torch.is_grad_enabled() else max(8, 24 - done)
         inverse = pad(inverse, (0, room, 0, room))
