@@ -1,7 +1,10 @@
 """Solves that fail: what is claimed, what is said, who is named, and what can still be used."""
 
+import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from deepeq import (
     NeumannAdjoint,
     PhantomAdjoint,
     Result,
+    Solver,
     fixed_point,
     root_find,
 )
@@ -501,3 +505,64 @@ def test_every_failure_has_one_sentence_and_every_sentence_a_way_out(solver):
         said = message(problem.f, problem.z0, short)
         assert any(word in said for word in ("raise", "try", "use ")), said
         assert "\n" not in said
+
+
+# --- mistakes of beginners -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda s: s * 2, lambda s: 2 * s, lambda s: s + 1, lambda s: s.shape, lambda s: s.sum(), lambda s: s @ s.value],
+    ids=["times", "times_left", "plus", "shape", "sum", "matmul"],
+)
+def test_a_solution_that_is_used_as_a_tensor_names_its_value(use) -> None:
+    solution = fixed_point(torch.cos, torch.zeros(1, 1))
+    with pytest.raises((TypeError, AttributeError), match=r"\.value"):
+        use(solution)
+
+
+def test_a_solution_as_first_state_names_its_value() -> None:
+    solution = fixed_point(torch.cos, torch.zeros(1, 1))
+    with pytest.raises(TypeError, match=r"z0 is a Solution; give its \.value"):
+        fixed_point(torch.cos, solution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule(Solver):
+    how: str = ""
+
+    @property
+    def num_stored(self) -> int:
+        return 0
+
+    def init(self, z0: Tensor) -> None:
+        return None
+
+    def step(self, z: Tensor, fz: Tensor, g: Tensor, state: None) -> Any:
+        if self.how == "in place":
+            z += g
+            return z, state
+        return (z + g)[:1], state
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [("in place", "changed z in place"), ("shape", r"of shape \(2, 3\) .*got a tuple of \(1, 3\), \(None,\)")],
+)
+def test_a_rule_that_breaks_its_contract_is_named(how: str, sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=_Rule(how=how))
+
+
+def test_the_tolerance_that_is_set_is_the_one_to_loosen() -> None:
+    solver = FixedPointIteration(rtol=0.0, atol=1e-6, max_steps=6)
+    message = fixed_point(lambda z: 0.9 * z + 1, torch.zeros(1, 1), solver=solver, on_failure="ignore").message
+    assert "loosen atol" in message
+    assert "loosen rtol" not in message
+
+
+def test_a_residual_just_above_its_tolerance_does_not_look_like_it() -> None:
+    solver = FixedPointIteration(rtol=0.1, max_steps=9)
+    message = fixed_point(lambda z: 0.98 * z + 1, torch.zeros(1, 1), solver=solver, on_failure="ignore").message
+    worst = float(re.search(r"is (\S+) after", message)[1])
+    assert worst > 0.1

@@ -104,12 +104,18 @@ def iterate(
 
 
 def _next(rule: Solver, z: Tensor, fz: Tensor, g: Tensor, state: Any) -> tuple[Tensor, Any]:
+    version = z._version
     result = rule.step(z, fz, g, state)
+    if z._version != version:
+        raise ValueError(f"step of {type(rule).__name__} changed z in place; use operations that make new tensors")
     if isinstance(result, tuple) and len(result) == 2 and getattr(result[0], "shape", None) == z.shape:
         return result
+    got = type(result).__name__
+    if isinstance(result, tuple):
+        got = f"a tuple of {', '.join(str(tuple(getattr(part, 'shape', (part,)))) for part in result)}"
     raise TypeError(
         f"step of {type(rule).__name__} must return two values, the next z of shape {tuple(z.shape)} and the state "
-        f"after it (None if it has none), got {type(result).__name__}"
+        f"after it (None if it has none), got {got}"
     )
 
 

@@ -12,6 +12,7 @@ from torch.utils import (
 
 from deepeq.checks import check_count
 from deepeq.norms import safe_two_norm
+from deepeq.solution import Solution
 
 Map = Callable[[Tensor], Tensor]
 """A map of packed states, `(B, N) -> (B, N)`."""
@@ -54,6 +55,8 @@ class Packing:
     """
 
     def __init__(self, z0: Any, batch_dims: int = 1, segments: Tensor | None = None) -> None:
+        if isinstance(z0, Solution):
+            raise TypeError("z0 is a Solution; give its .value")
         leaves, self.structure = pytree.tree_flatten(z0)
         if not leaves:
             raise ValueError("z0 holds no tensor; give a tensor of shape (B, ...) or a tuple or dict of them")

@@ -57,6 +57,14 @@ class Solution(NamedTuple, Generic[State]):
         """The relative residual, by its short name."""
         return self.relative_residual
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a Solution has no {name!r}; its state is .value, with the residuals beside it")
+
+    def _is_no_tensor(self, other: Any) -> Any:
+        raise TypeError("a Solution is not a tensor; take its .value")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = _is_no_tensor
+
     def __repr__(self) -> str:
         count = self.converged.numel()
         worst = float(self.relative_residual.max()) if count else 0.0

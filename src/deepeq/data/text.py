@@ -85,7 +85,7 @@ class FileSource:
             FileNotFoundError: There is no such file.
         """
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is missing or not a file; check the path")
+            raise FileNotFoundError(f"{self.path.absolute()} is missing or not a file; check the path")
         status = self.path.stat()
         state = {"path": str(self.path.resolve()), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         return state | ({"text_field": self.text_field} if self.path.suffix == ".jsonl" else {})

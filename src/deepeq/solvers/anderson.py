@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deepeq.checks import check_choice, check_count
-from deepeq.norms import inner, two_norm
+from deepeq.norms import two_norm
 from deepeq.solvers.base import Solver
 from deepeq.solvers.basis import Basis, times
 
@@ -30,6 +30,7 @@ class AndersonState(NamedTuple):
     """
 
     g: Tensor  # (B, N), the last residual
+    rest: Tensor  # (B, K), <dg_i, g>
     differences: Basis  # k vectors
     gram: Tensor  # (B, K, K), <dg_i, dg_j>
     steps: Tensor  # (B, K, K), rows df_0 ... df_(k-1), dz_k as combinations of g (column 0) and the differences
@@ -91,15 +92,16 @@ class Anderson(Solver):
         most = min(self.history_size, max(_SMALLEST_HISTORY, 2 * g.shape[1]))
         if state is None or state.differences.size == most:
             return z + (1.0 - self.damping) * g, self._start(g)
-        difference, k = g - state.g, state.differences.size
-        differences = state.differences.append(difference, min(most, max(1, self.max_steps - 1)))
+        k, capacity = state.differences.size, min(most, max(1, self.max_steps - 1))
+        differences = state.differences.append(g, capacity, minus=state.g)
         gram, steps, inverse = _with_room(k + 2, state)
-        along, rest = _padded(differences.inner(difference), gram), _padded(differences.inner(g), gram)  # (B, K)
+        size, rest = two_norm(g).double().unsqueeze(1), _padded(differences.inner(g), gram)
+        along = self._along(differences, size, rest, state.rest)
         gram[:, k], gram[:, :, k] = along, along
         steps[:, :, 1 + k] = -steps[:, :, 0]  # the last residual was g - dg_k
         steps[:, k, 1 + k] += 1.0  # df_k = dz_k + dg_k
         noise = torch.finfo(g.dtype).eps * two_norm(fz).unsqueeze(1)
-        gamma, inverse = self._coefficients(k, along, rest, inner(g, g), noise, gram, steps, inverse)
+        gamma, inverse = self._coefficients(k, along, rest, size, noise, gram, steps, inverse)
         step = -times(gamma, steps)
         step[:, 0] += 1.0 - self.damping
         if self.damping:
@@ -107,12 +109,26 @@ class Anderson(Solver):
         steps = _with_row(k + 1, step, steps)
         step = step[:, : k + 2].to(z.dtype)
         z_next = differences.add(torch.addcmul(z, g, step[:, :1]), step[:, 1:])
-        return z_next, AndersonState(g, differences, gram, steps, inverse)
+        return z_next, AndersonState(g, rest, differences, gram, steps, inverse)
 
     def _start(self, g: Tensor) -> AndersonState:
         zeros = [g.new_zeros((len(g), _BLOCK, _BLOCK), dtype=torch.float64) for _ in range(3)]
         zeros[1][:, 0, 0] = 1.0 - self.damping
-        return AndersonState(g, Basis(), *zeros)
+        return AndersonState(g, zeros[0][:, 0], Basis(), *zeros)
+
+    def _along(self, differences: Basis, size: Tensor, rest: Tensor, last_rest: Tensor) -> Tensor:
+        """Return the products of the newest difference with all of them, `(B, K)`."""
+        difference, k = differences.last, differences.size - 1
+        length = two_norm(difference).double().unsqueeze(1)
+        if difference.is_cuda or difference.requires_grad:
+            return _padded(differences.inner(difference), rest)
+        # The difference of two products saves a pass over all vectors.
+        along = rest - pad(last_rest, (0, rest.shape[1] - last_rest.shape[1]))
+        along[:, k : k + 1] = length * length
+        close = (length < 0.1 * size) & (length > 0.0)  # where it would lose digits
+        if close.any():
+            along = torch.where(close, _padded(differences.inner(difference), rest), along)
+        return along
 
     def _coefficients(
         self,
@@ -131,17 +147,17 @@ class Anderson(Solver):
             k: Index of the newest difference.
             along: Its products with all of them, `(B, K)`.
             rest: Those of `g`, `(B, K)`.
-            size: `||g||^2`, `(B,)`.
+            size: `||g||`, `(B, 1)`.
             noise: Length of a difference that is nothing but rounding errors, `(B, 1)`.
             gram: With the row and column of `dg_k`.
             steps: With the row of `df_k`.
             inverse: Without the row and column of `dg_k`.
         """
-        (of_dg, of_dz), eps = _WEIGHTS[self.projection], torch.finfo(size.dtype).eps
+        (of_dg, of_dz), eps = _WEIGHTS[self.projection], torch.finfo(noise.dtype).eps
         column, right, row = of_dg * along, of_dg * rest, of_dg * along  # W^T dg_k, W^T g and w_k^T dG
         if of_dz:
             vectors = torch.stack([along, rest], dim=1).roll(1, dims=2)  # products with g, dg_0, dg_1, ...
-            vectors[:, 0, 0], vectors[:, 1, 0] = rest[:, k], size.double()
+            vectors[:, 0, 0], vectors[:, 1, :1] = rest[:, k], size * size.double()
             of_df, last = torch.bmm(vectors, steps.mT), steps[:, k]
             column, right = column + of_dz * (along - of_df[:, 0]), right + of_dz * (rest - of_df[:, 1])
             row = row + of_dz * (along - last[:, :1] * rest - times(pad(last[:, 1:], (0, 1)), gram))
@@ -162,7 +178,7 @@ class Anderson(Solver):
         new[:, k] = 1.0
         left, back = known[:, 0] - new, back - new
         gamma = known[:, 1] - left * (scale * (right[:, k : k + 1] - overlap[:, 1:]))
-        return gamma, torch.baddbmm(inverse, (left * scale).unsqueeze(2), back.unsqueeze(1))
+        return gamma, _writable(inverse).addcmul_((left * scale).unsqueeze(2), back.unsqueeze(1))
 
 
 def _padded(products: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from deepeq.norms import inner
 
 _BLOCK = 16
 """Vectors in a block: few, so that little memory is held in advance, but enough for batched products to pay."""
+_LARGE = 2**20
+"""Numbers in a block on the CPU. The system returns larger ones when they are freed, and clearing new ones takes longer
+than writing them."""
 FAST = 400
 """Multiplications in each product from which on the CPU has a fast routine for a batch of them."""
 
@@ -19,19 +22,28 @@ class Basis(NamedTuple):
     blocks: tuple[Tensor, ...] = ()
     size: int = 0
 
-    def append(self, q: Tensor, capacity: int) -> Self:
-        """Return the vectors with one more; blocks are made for `capacity` vectors at most.
+    def append(self, q: Tensor, capacity: int, *, minus: Tensor | None = None) -> Self:
+        """Return the vectors with one more, `q` or `q - minus`; blocks are made for `capacity` vectors at most.
 
         Writes into the last block where it has room and no gradient is recorded, so `self` must not be used again.
         """
         if torch.is_grad_enabled():
+            q = q if minus is None else q - minus
             return self._replace(blocks=(*self.blocks, q.unsqueeze(1)), size=self.size + 1)
         blocks, place = self.blocks, self.size - sum(block.shape[1] for block in self.blocks[:-1])
         if not blocks or place == blocks[-1].shape[1]:
-            room = max(1, min(_BLOCK, capacity - self.size))
+            most = _BLOCK if q.is_cuda else min(_BLOCK, max(4, _LARGE // max(1, q.numel())))
+            room = max(1, min(most, capacity - self.size))
             blocks, place = (*blocks, q.new_empty((q.shape[0], room, q.shape[1]))), 0
         blocks[-1][:, place] = q
+        if minus is not None:
+            blocks[-1][:, place].sub_(minus)
         return self._replace(blocks=blocks, size=self.size + 1)
+
+    @property
+    def last(self) -> Tensor:
+        """The vector that was appended last, `(B, N)`."""
+        return self.parts()[-1][:, -1]
 
     def parts(self) -> list[Tensor]:
         """Return the blocks without their free places."""
@@ -62,7 +74,8 @@ class Basis(NamedTuple):
                 for q, coefficient in zip(part.unbind(1), row.split(1, dim=1), strict=True):
                     w = torch.addcmul(w, q, coefficient, value=sign)
             else:
-                w = torch.add(w, times(row, part), alpha=sign)
+                product = times(row, part)
+                w = product.add_(w) if sign == 1 else torch.sub(w, product)
         return w
 
 

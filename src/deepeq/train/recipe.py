@@ -215,7 +215,8 @@ class RunFolder:
         if resume != "no":
             folder.refuse_old()
         if resume == "yes" and folder.last is None:
-            raise ValueError(f"there is no checkpoint in {folder.checkpoints}; start the run with --resume auto or no")
+            place = folder.checkpoints.absolute()
+            raise ValueError(f"there is no checkpoint in {place}; start the run with --resume auto or no")
         if resume == "no" and (folder.checkpoints.exists() or folder.best.exists()):
             raise ValueError(
                 f"{folder.path} already holds a run; add --resume auto to continue it, or choose another --run.dir"
