@@ -1,170 +1,245 @@
-"""How many evaluations and how much time do solvers need on a trained cell, beside torchdeq 0.1.0?
+"""How many evaluations and how much time do solvers need, beside torchdeq 0.1.0?
 
-    python benchmarks/solvers.py --out DIR --run RUN_DIR [--repetitions 5]
+    python benchmarks/solvers.py --out DIR [--cells transformer mlp] [--repetitions 5] [--threads 1] [--alone]
 
-Every solver gets the same cell, inputs and first state. Time is a ratio: that of the solve over that of the same number
-of bare evaluations of f (or of bare vector-Jacobian products), taken in turns in one process; medians over the
-repetitions. The residual is that of the worst sample at the state that the solver returned, evaluated again.
+Every solver gets the same map, first state, tolerance and step limit, on five cells: two that were trained on text
+(`cells/`), a multiscale convolution, a graph as one coupled problem, and a small MLP. Solvers take turns in one
+process, and times are medians. The residual is that of the worst sample at the state that the solver returned,
+evaluated again. Every solve of torchdeq has the settings that were best for it: its Anderson acceleration was tried
+with histories of 6 and 20, and the faster one that reaches the tolerance counts.
 """
 
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Benchmark, in_turns, markdown, median_ratio
-from torch import Tensor
+from _cells import CELLS, Map, make
+from _harness import Benchmark, in_turns, markdown
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 import deepeq
 from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, Solver
-from deepeq.cell import prepare
-from deepeq.models import TiedNetwork
 
-TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+TOLERANCES = {"forward": (1e-2, 1e-3, 1e-5), "backward": (1e-1, 1e-3)}
 MAX_STEPS = 80
-SHARED = ("rtol", "atol", "max_steps", "min_steps")  # fields that all solvers have
-NONLINEAR: Sequence[Solver] = (
-    FixedPointIteration(),
-    Anderson(),
-    Anderson(history_size=20),
-    Broyden(history_size=100),
-    Broyden(history_size=10),
-    Broyden(history_size=100, line_search_steps=3),
-)
-LINEAR: Sequence[Solver] = (
-    GMRES(restart=100),
-    Anderson(history_size=80),
-    Broyden(history_size=100),
-    FixedPointIteration(),
-)
-
-Map = Callable[[Tensor], Tensor]
-Solve = Callable[[Map, Tensor], tuple[Tensor, int]]
-"""From a map and a first state to a state and the number of evaluations."""
+SOLVERS: Mapping[str, Mapping[str, Solver]] = {
+    "forward": {
+        "Anderson()": Anderson(),
+        "Anderson(projection='type_ii')": Anderson(projection="type_ii"),
+        "Anderson(history_size=10)": Anderson(history_size=10),
+        "Broyden()": Broyden(),
+        "FixedPointIteration()": FixedPointIteration(),
+    },
+    "backward": {"GMRES()": GMRES(restart=100), "Anderson()": Anderson(), "Broyden()": Broyden()},
+}
+PEERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "torchdeq broyden": ("broyden", {}),
+    "torchdeq anderson, m=6": ("anderson", {"m": 6}),
+    "torchdeq anderson, m=20": ("anderson", {"m": 20}),
+}
+DEFAULT = {"forward": "Anderson()", "backward": "GMRES()"}
+Solve = Callable[[Map, Tensor], Tensor]
 
 
-def trained_map(benchmark: Benchmark, run: Path) -> tuple[Map, Tensor]:
-    """Return the map of the third validation segment of a run, with its memory, and zeros to start from."""
-    trained, corpus = benchmark.open_text_model(run)
-    model, network = trained.model, trained.model.network
-    if not isinstance(network, TiedNetwork):
-        benchmark.stop(f"{run} must be the run of an equilibrium or of a weight-tied stack")
-    batches = corpus.stream("valid", batch_size=16, segment_len=trained.config.train.segment_len)
-    segments, memory = [batches.segment(index)[0].to(model.device) for index in range(3)], None
-    for tokens in segments[:2]:
-        memory = model(tokens, memory, how=trained.how).memory
-    return prepare(network.cell, model.embedding(segments[2]), memory=memory)
-
-
-def worst_residual(f: Map, z: Tensor) -> float:
-    """Return the largest relative residual of a batch."""
-    fz = f(z).flatten(1)
-    return float(((fz - z.flatten(1)).norm(dim=1) / fz.norm(dim=1)).max())
-
-
-def with_deepeq(solver: Solver, f: Map, z0: Tensor) -> tuple[Tensor, int]:
+def with_deepeq(solver: Solver, f: Map, z0: Tensor) -> Tensor:
     """Solve with a solver of this library."""
-    solution = deepeq.fixed_point(f, z0, solver=solver, on_failure="ignore", verify=False)
-    return solution.value, solution.num_evals
+    return deepeq.fixed_point(f, z0, solver=solver, on_failure="ignore", nonfinite="keep", verify=False).value
 
 
-def with_torchdeq(name: str, tolerance: float, f: Map, z0: Tensor) -> tuple[Tensor, int]:
+def with_torchdeq(name: str, options: Mapping[str, Any], tolerance: float, f: Map, z0: Tensor) -> Tensor:
     """Solve with a solver of torchdeq."""
     get_solver = import_module("torchdeq.solver").get_solver  # an extra that only this comparison needs
-
-    count = 0
-
-    def counted(z: Tensor) -> Tensor:
-        nonlocal count
-        count += 1
-        return f(z)
-
-    value, _, _ = get_solver(name)(counted, z0, max_iter=MAX_STEPS, tol=tolerance, stop_mode="rel")
-    return value, count
+    return get_solver(name)(f, z0, max_iter=MAX_STEPS, tol=tolerance, stop_mode="rel", **options)[0]
 
 
-def measure(solve: Solve, f: Map, z0: Tensor, repetitions: int) -> dict[str, Any]:
-    """Return the evaluations, the residual and the relative time of a solve."""
-    value, num_evals = solve(f, z0)
-    calls = {"solve": lambda: solve(f, z0), "bare": lambda: [f(value) for _ in range(num_evals)]}
-    seconds = in_turns(calls, repetitions)
-    return {
-        "evaluations": num_evals,
-        "worst_residual": worst_residual(f, value),
-        "time_over_bare_evaluations": round(median_ratio(seconds["solve"], seconds["bare"]), 2),
-    }
-
-
-def candidates(solvers: Sequence[Solver], tolerance: float, *, peers: bool) -> dict[str, Solve]:
+def candidates(direction: str, tolerance: float, *, peers: bool) -> dict[str, Solve]:
     """Return how to solve to a tolerance, by the name of the solver, with those of torchdeq if asked."""
-    made: dict[str, Solve] = {}
-    for solver in solvers:
-        own = [f"{name}={value}" for name, value in vars(solver).items() if name not in SHARED]
-        made[f"deepeq {type(solver).__name__}({', '.join(own)})"] = partial(
-            with_deepeq, replace(solver, rtol=tolerance, max_steps=MAX_STEPS)
-        )
-    names = ("broyden", "anderson") if peers else ()
-    return made | {f"torchdeq {name}": partial(with_torchdeq, name, tolerance) for name in names}
+    own = SOLVERS[direction].items()
+    made: dict[str, Solve] = {
+        name: partial(with_deepeq, replace(solver, rtol=tolerance, max_steps=MAX_STEPS)) for name, solver in own
+    }
+    if peers:
+        made |= {name: partial(with_torchdeq, *peer, tolerance) for name, peer in PEERS.items()}
+    return made
 
 
-def compare(f: Map, z0: Tensor, solvers: Sequence[Solver], repetitions: int, *, peers: bool) -> list[dict[str, Any]]:
+class Counted:
+    """A map that counts its calls, and keeps the worst residual of each."""
+
+    def __init__(self, f: Map) -> None:
+        self._f, self.residuals = f, []
+
+    def __call__(self, z: Tensor) -> Tensor:
+        fz = self._f(z)
+        self.residuals.append(worst_residual(fz, z))
+        return fz
+
+
+def worst_residual(fz: Tensor, z: Tensor) -> float:
+    """Return the largest relative residual of a batch."""
+    return float(
+        (torch.linalg.vector_norm((fz - z).double(), dim=1) / torch.linalg.vector_norm(fz.double(), dim=1)).max()
+    )
+
+
+def compare(f: Map, z0: Tensor, direction: str, repetitions: int, *, peers: bool) -> list[dict[str, Any]]:
     """Return a row for each tolerance and solver.
 
     Args:
-        f: The map.
+        f: The map of states `(B, N)`.
         z0: First state.
-        solvers: Solvers of this library, whose tolerance and step limit are replaced.
+        direction: "forward" or "backward", which decides the solvers and the tolerances.
         repetitions: Number of timed rounds.
         peers: Whether torchdeq is compared too.
     """
     rows = []
-    for tolerance in TOLERANCES:
-        for name, solve in candidates(solvers, tolerance, peers=peers).items():
-            row: dict[str, Any] = {"solver": name, "rtol": tolerance}
-            print(f"{name} to {tolerance:g}", file=sys.stderr)
-            try:
-                row |= measure(solve, f, z0, repetitions)
-                row["reached"] = row["worst_residual"] <= 1.05 * tolerance
-            except deepeq.ConvergenceError as error:
-                row |= {"reached": False, "error": str(error).split(":")[0]}
-            rows.append(row)
+    for tolerance in TOLERANCES[direction]:
+        solves, counts = candidates(direction, tolerance, peers=peers), {}
+        for name, solve in solves.items():
+            counted = Counted(f)
+            value = solve(counted, z0)
+            residual = worst_residual(f(value), value)
+            counts[name] = len(counted.residuals)
+            rows.append(
+                {
+                    "solver": name,
+                    "rtol": tolerance,
+                    "evaluations": counts[name],
+                    "worst_residual": residual if math.isfinite(residual) else None,
+                    "reached": residual <= 1.05 * tolerance,
+                    "residuals": [float(f"{r:.2e}") for r in counted.residuals] if tolerance == 1e-5 else None,
+                }
+            )
+        most = max(counts.values())
+        calls = {name: partial(solve, f, z0) for name, solve in solves.items()}
+        seconds = in_turns(calls | {"bare": lambda v=value, n=most: [f(v) for _ in range(n)]}, repetitions)
+        middle = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+        for row in rows[-len(solves) :]:
+            row["seconds"] = float(f"{middle[row['solver']]:.4g}")
+            row["time_over_bare_evaluations"] = round(row["seconds"] * most / middle["bare"] / row["evaluations"], 2)
     return rows
 
 
 def backward_map(f: Map, z0: Tensor) -> Map:
     """Return `u -> J^T u + v` at the equilibrium, for a random `v`."""
-    z = deepeq.fixed_point(f, z0, solver=Broyden(rtol=1e-5, max_steps=100)).value.detach().requires_grad_()
+    solver = Anderson(rtol=1e-5, max_steps=100)
+    z = deepeq.fixed_point(f, z0, solver=solver, on_failure="ignore").value.detach().requires_grad_()
     with torch.enable_grad():
         fz = f(z)
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device)
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     return lambda u: torch.autograd.grad(fz, z, u, retain_graph=True)[0] + v
 
 
+class _Shifted(nn.Module):
+    """A map with one parameter vector, as the cell of a layer."""
+
+    def __init__(self, f: Map, width: int) -> None:
+        super().__init__()
+        self._f, self.shift = f, nn.Parameter(torch.zeros(width))
+
+    def forward(self, z: Tensor, x: None = None) -> Tensor:
+        return self._f(z) + self.shift
+
+
+def training_step(f: Map, z0: Tensor, repetitions: int) -> dict[str, Any]:
+    """Return the seconds of forward to 1e-2 and backward to 1e-1, here and with torchdeq's `ift=True`."""
+    get_deq, cell = import_module("torchdeq").get_deq, _Shifted(f, z0.shape[1])
+    backward = deepeq.ImplicitAdjoint(solver=GMRES(rtol=1e-1, max_steps=30), on_failure="ignore")
+    layer = deepeq.Equilibrium(solver=Anderson(rtol=1e-2), adjoint=backward, on_failure="ignore")
+    limits = {"f_max_iter": 30, "b_max_iter": 30, "f_tol": 1e-2, "b_tol": 1e-1}
+    modes = {"f_stop_mode": "rel", "b_stop_mode": "rel"}
+    peer = get_deq(f_solver="broyden", b_solver="broyden", ift=True, **limits, **modes)
+    peer.train()
+    calls = {
+        "deepeq": lambda: layer.solve(cell, z0).value.square().sum().backward(),
+        "torchdeq": lambda: peer(cell, z0)[0][-1].square().sum().backward(),
+    }
+    with torch.enable_grad():
+        seconds = in_turns(calls, repetitions)
+    middle = {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+    return {name: float(f"{value:.4g}") for name, value in middle.items()} | {
+        "ratio": round(middle["deepeq"] / middle["torchdeq"], 3)
+    }
+
+
+def ratios(rows: Sequence[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
+    """Return, for each tolerance, the time of the default over that of torchdeq's Broyden and of its fastest."""
+    found = []
+    for tolerance in TOLERANCES[direction]:
+        of = {row["solver"]: row for row in rows if row["rtol"] == tolerance}
+        own, peers = of[DEFAULT[direction]], [of[name] for name in PEERS if name in of and of[name]["reached"]]
+        ratio: dict[str, Any] = {"direction": direction, "rtol": tolerance, "reached": own["reached"]}
+        if "torchdeq broyden" in of:
+            ratio["over_broyden"] = round(own["seconds"] / of["torchdeq broyden"]["seconds"], 3)
+            fastest = min((row["seconds"] for row in peers), default=None)
+            ratio["over_fastest_that_reaches"] = None if fastest is None else round(own["seconds"] / fastest, 3)
+        found.append(ratio | {"time_over_bare_evaluations": own["time_over_bare_evaluations"]})
+    return found
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Return the worst residual against the evaluations, a panel for each cell."""
+    cells = result["cells"]
+    figure = Figure(figsize=(4.2 * len(cells), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    shown = ("Anderson()", "Anderson(projection='type_ii')", "Broyden()", "torchdeq broyden", "torchdeq anderson, m=6")
+    for panel, (name, cell) in zip(panels, cells.items(), strict=True):
+        for color, solver in enumerate(shown):
+            row = next((r for r in cell["forward"] if r["solver"] == solver and r["residuals"]), None)
+            if row is not None:
+                style = ":" if solver.startswith("torchdeq") else "-"
+                best = [min(row["residuals"][: k + 1]) for k in range(len(row["residuals"]))]
+                panel.semilogy(range(1, len(best) + 1), best, style, color=f"C{color}", label=solver)
+        panel.set(title=name, xlabel="evaluations of f", ylim=(3e-6, 2.0))
+    panels[0].set_ylabel("best residual so far of the worst\nsample, lower is better")
+    panels[0].legend(fontsize=9)
+    return figure
+
+
 def table(result: dict[str, Any]) -> str:
-    """Return a row for each solve."""
-    fields = ("solver", "rtol", "evaluations", "worst_residual", "time_over_bare_evaluations", "reached")
-    rows = [[way, *(row.get(field) for field in fields)] for way in ("forward", "backward") for row in result[way]]
-    return markdown(("solve", *(field.replace("_", " ") for field in fields)), rows)
+    """Return the ratios, and a row for each solve."""
+    fields = ("direction", "rtol", "reached", "over_broyden", "over_fastest_that_reaches", "time_over_bare_evaluations")
+    cells = result["cells"].items()
+    rows = [[name, *(ratio.get(field) for field in fields)] for name, cell in cells for ratio in cell["ratios"]]
+    text = markdown(("cell", *(field.replace("_", " ") for field in fields)), rows) + "\n"
+    fields = ("solver", "rtol", "evaluations", "worst_residual", "reached", "seconds", "time_over_bare_evaluations")
+    rows = [
+        [name, direction, *(row.get(field) for field in fields)]
+        for name, cell in cells
+        for direction in SOLVERS
+        for row in cell[direction]
+    ]
+    return text + markdown(("cell", "solve", *(field.replace("_", " ") for field in fields)), rows)
 
 
-@torch.no_grad()
 def main() -> None:
-    benchmark = Benchmark("solvers", __doc__)
-    benchmark.parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
+    benchmark = Benchmark("solvers", __doc__, draw)
+    benchmark.parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     benchmark.parser.add_argument("--repetitions", type=int, default=5)
+    benchmark.parser.add_argument("--threads", type=int, default=1)
     benchmark.parser.add_argument("--alone", action="store_true", help="leave torchdeq out")
     arguments = benchmark.parse()
-    f, z0 = trained_map(benchmark, arguments.run)
-    repetitions, peers = arguments.repetitions, not arguments.alone
-    result = {
-        "state": list(z0.shape),
-        "forward": compare(f, z0, NONLINEAR, repetitions, peers=peers),
-        "backward": compare(backward_map(f, z0), torch.zeros_like(z0), LINEAR, repetitions, peers=peers),
-    }
+    torch.set_num_threads(arguments.threads)
+    cells: dict[str, Any] = {}
+    for name in arguments.cells:
+        (f, z0), peers = make(name), not arguments.alone
+        cell: dict[str, Any] = {"state": list(z0.shape)}
+        maps = {"forward": f, "backward": backward_map(f, z0)}
+        with torch.no_grad():
+            for direction, each in maps.items():
+                print(f"{name}, {direction}", file=sys.stderr)
+                cell[direction] = compare(each, torch.zeros_like(z0), direction, arguments.repetitions, peers=peers)
+        cell["ratios"] = [ratio for direction in maps for ratio in ratios(cell[direction], direction)]
+        if peers:
+            cell["training_step"] = training_step(f, z0, arguments.repetitions)
+        cells[name] = cell
+    result = {"cells": cells}
     benchmark.report(result, table(result))
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, Result, Solver
+from deepeq import GMRES, Anderson, Broyden, FixedPointIteration, NewtonKrylov, Result, Solver
 from deepeq.iterate import iterate
 from deepeq.problem import Problem
 from tests.problems import PROBLEMS, Recorder, relative_residual, solve
@@ -282,3 +282,60 @@ def test_a_start_beside_an_unstable_equilibrium_may_leave_it():
     solution = solve(lambda z: torch.tanh(3 * z) + 1e-9, torch.zeros(1, 1), solver=FixedPointIteration(max_steps=60))
     assert solution.converged.all()
     assert solution.value.item() == pytest.approx(0.9949, abs=1e-3)
+
+
+# --- problems that are done leave the solve -------------------------------------------------------------------------
+
+
+class Slopes:
+    """`f(z) = slope z + 1` for problems of very different difficulty, which counts the rows that it evaluates."""
+
+    def __init__(self, slopes, log):
+        self.slopes, self.log = slopes, log
+
+    def __call__(self, z):
+        self.log.append(len(z))
+        return self.slopes * z + 1.0
+
+    def take(self, rows):
+        return Slopes(self.slopes[rows], self.log)
+
+
+SLOPES = torch.cat([torch.linspace(0.0, 0.1, 12), torch.tensor([-2.0, 0.9, 0.99, 0.5])]).double().unsqueeze(1)
+SLOPES = SLOPES + torch.linspace(-0.3, 0.0, 6, dtype=torch.float64) * (torch.arange(16).unsqueeze(1) >= 12)
+SHRINKING = [
+    FixedPointIteration(rtol=1e-6, max_steps=40, damping=0.4),
+    Anderson(rtol=1e-9, max_steps=40),
+    Broyden(rtol=1e-9, max_steps=40),
+    GMRES(rtol=1e-9, max_steps=40),
+    NewtonKrylov(rtol=1e-9, max_steps=40),
+]
+
+
+@pytest.mark.parametrize("solver", SHRINKING, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_answers_are_the_same_where_problems_that_are_done_leave(solver, with_gradients):
+    logs, solutions = [], []
+    for cls in (Slopes, type("Whole", (Slopes,), {"take": None})):
+        logs.append([])
+        with torch.set_grad_enabled(with_gradients):
+            solutions.append(solve(cls(SLOPES, logs[-1]), torch.zeros(16, 6, dtype=torch.float64), solver=solver))
+    left, whole = solutions
+    torch.testing.assert_close(left.value, whole.value, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(left.relative_residual, whole.relative_residual, rtol=1e-6, atol=1e-13)
+    assert torch.equal(left.num_steps, whole.num_steps)
+    assert torch.equal(left.converged, whole.converged)
+    assert left.num_evals == len(logs[0])
+    if not isinstance(solver, NewtonKrylov):
+        assert min(logs[0]) <= 4
+        assert logs[0][-1] == 16  # the last one sees all problems, and checks them together
+    assert min(logs[1]) == 16
+
+
+def test_rows_that_leave_although_they_are_coupled_are_found_out():
+    class Coupled(Slopes):
+        def __call__(self, z):
+            return super().__call__(z) + 0.3 * z.mean(dim=0, keepdim=True)
+
+    solution = solve(Coupled(SLOPES, []), torch.zeros(16, 6, dtype=torch.float64), solver=Anderson(rtol=1e-6))
+    assert not solution.converged.any()

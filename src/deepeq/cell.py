@@ -132,7 +132,27 @@ def prepare(
     injection = method(cell, "inject")(x, memory, *(() if weights is None else (weights,)))
     if z0 is None:
         z0 = method(cell, "initial_state")(x)
-    return lambda z: cell(z, injection), z0
+    return CellMap(cell, injection), z0
+
+
+class CellMap:
+    """The map `f(z) = cell(z, injection)` of one solve.
+
+    Args:
+        cell: The cell.
+        injection: What its `inject` returned.
+    """
+
+    take: Callable[[Tensor], "CellMap"] | None = None
+    """Returns the map of some of the problems, given their indices; None where the cell has no `take`."""
+
+    def __init__(self, cell: nn.Module, injection: Any) -> None:
+        self._cell, self._injection = cell, injection
+        if implements(cell, "take"):
+            self.take = lambda rows: CellMap(cell, method(cell, "take")(injection, rows))
+
+    def __call__(self, z: Any) -> Any:
+        return self._cell(z, self._injection)
 
 
 def _own_method(cell: nn.Module, name: str) -> Callable[..., Any] | None:

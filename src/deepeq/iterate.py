@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from deepeq.diagnosis import explain_inconsistency, explain_nonfinite, explain_steps
-from deepeq.packing import Map
 from deepeq.problem import Measured, Measures, Problem
+from deepeq.rows import Counted, Rows
 from deepeq.scaling import power_of_two
 from deepeq.solution import Result, Solution
 from deepeq.solvers.base import Solver
@@ -60,16 +60,16 @@ def iterate(
     """
     check_every = check_every or (1 if z0.device.type == "cpu" else 4)
     measures = measures or Measures(problem, solver)
-    evaluate = _Counted(in_current_modes(problem.evaluate, z0.device.type))
+    evaluate = Counted(in_current_modes(problem.evaluate, z0.device.type))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     with _modes_of_algebra(z0.device.type):
         z = _with_version_counter(z0)
         # A search that is to go on from its last point stops nowhere earlier.
         search = _Search(z, solver, min_steps=solver.max_steps + 1 if advance else solver.min_steps)
-        rule, unit, state = solver, None, None
+        rule, unit, state, rows = solver, None, None, Rows(problem, solver)
         for step in range(1, solver.max_steps + 1):
             known = problem.first if step == 1 else None
-            fz, g, measured = evaluate(z) if known is None else problem.complete(known, z)
+            fz, g, measured = rows.evaluate(z, evaluate) if known is None else problem.complete(known, z)
             search.record(z, measures(fz, measured))
             if on_step is not None:
                 on_step(step, z, search.log[-1].relative)
@@ -84,16 +84,16 @@ def iterate(
                     rule = replace(solver, atol=solver.atol / float(unit))
                 rule = rule.bind(evaluate.residual_in(unit))
                 state = rule.init(z if unit is None else z / unit)
-            if unit is None:
-                z_next, state = _next(rule, z, fz, g, state)
-            else:
-                z_next, state = _next(rule, z / unit, fz / unit, g / unit, state)
-                z_next = z_next * unit
+            if step % check_every == 0:
+                state = rows.shrink(search.running, state, fz)
+            z_next, state = rows.next(rule, (z, fz, g), unit, state)
             z = _with_version_counter(search.next_point(z_next))
             del z_next, fz, g, measured  # so that the next evaluation has their memory
         solution, joint = search.outcome(problem, evaluate.count)
         if advance:
             return solution._replace(value=z, kept=tuple(kept.get(step, (z, None)) for step in keep))
+        if rows.function is not None:
+            joint = None  # the last evaluations did not see all problems
         if problem.verify and joint is None and confirm:
             fz, _, measured = evaluate(search.value)
             joint = measures(fz, measured)
@@ -103,22 +103,6 @@ def iterate(
     return solution._replace(kept=tuple(kept.get(step, (search.value, None)) for step in keep))
 
 
-def _next(rule: Solver, z: Tensor, fz: Tensor, g: Tensor, state: Any) -> tuple[Tensor, Any]:
-    version = z._version
-    result = rule.step(z, fz, g, state)
-    if z._version != version:
-        raise ValueError(f"step of {type(rule).__name__} changed z in place; use operations that make new tensors")
-    if isinstance(result, tuple) and len(result) == 2 and getattr(result[0], "shape", None) == z.shape:
-        return result
-    got = type(result).__name__
-    if isinstance(result, tuple):
-        got = f"a tuple of {', '.join(str(tuple(getattr(part, 'shape', (part,)))) for part in result)}"
-    raise TypeError(
-        f"step of {type(rule).__name__} must return two values, the next z of shape {tuple(z.shape)} and the state "
-        f"after it (None if it has none), got {got}"
-    )
-
-
 class _Search:
     """The best points so far, and which problems are still running."""
 
@@ -126,7 +110,7 @@ class _Search:
         self.value, self._min_steps = z0, min_steps
         self.log: list[Measured] = []
         self._solver, self._may_look = solver, z0.device.type == "cpu"
-        self._running = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
+        self.running = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
         self._best_error = torch.full((len(z0),), torch.inf, device=z0.device)
         self._ran: list[Tensor] = []  # which problems took part in each step
         self._improved: list[Tensor] = []  # which problems took their value from each step
@@ -136,28 +120,28 @@ class _Search:
         """Note the residuals of a point, keep it where it is the best one, and see which problems are done."""
         self.log.append(measured)
         error, _, _, distance, total = measured
-        reached, active = error <= 1.0, self._running & (total < torch.inf)
+        reached, active = error <= 1.0, self.running & (total < torch.inf)
         # Far away a relative residual can be small, so the absolute one must not have grown either.
         better = (error <= self._best_error) & ((distance <= self.log[0].distance) | reached) & active
         self._best_error = torch.where(better, error, self._best_error)
         self.value = self._choose(better, z, self.value)
-        self._ran.append(self._running)
+        self._ran.append(self.running)
         self._improved.append(better)
         patience = self._solver.nonfinite_patience
         if patience and len(self.log) > 1:
-            self._num_nonfinite = torch.where(self._running & ~active, self._num_nonfinite + 1, 0)
-            active = self._running & (self._num_nonfinite <= patience)
+            self._num_nonfinite = torch.where(self.running & ~active, self._num_nonfinite + 1, 0)
+            active = self.running & (self._num_nonfinite <= patience)
         if len(self.log) >= self._min_steps:
             reached = self._best_error <= 1.0 if self._min_steps else reached
             active = active & ~reached
-        self._running = active
+        self.running = active
 
     def all_done(self) -> bool:
-        return bool((~self._running).all())
+        return bool((~self.running).all())
 
     def next_point(self, z_next: Tensor) -> Tensor:
         """Return the next point, with the problems that are done at their values."""
-        return self._choose(self._running, z_next, self.value)
+        return self._choose(self.running, z_next, self.value)
 
     def _choose(self, mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if self._may_look:  # cheaper than copying
@@ -201,7 +185,7 @@ class _Search:
             relative.gather(0, torch.minimum(number, num_steps) - 1).to(dtype),
             absolute.gather(0, best).squeeze(0).to(dtype),
         )
-        broken = ~converged & ~self._running
+        broken = ~converged & ~self.running
         if bool(broken.any()):
             message = explain_nonfinite(solution, broken, problem.name)
             solution = solution._replace(result=Result.NONFINITE, message=message)
@@ -215,31 +199,13 @@ class _Search:
             )
             solution = solution._replace(result=Result.MAX_STEPS, message=message)
         last = int(best_step.max()) if size else 0
-        together = (best_step == last) | (~self._running & (num_steps < last))
+        together = (best_step == last) | (~self.running & (num_steps < last))
         return solution, self.log[last - 1] if last and bool(together.all()) else None
 
 
 def _with_version_counter(z: Tensor) -> Tensor:
     """Return a tensor whose changes in place can be detected; inference tensors are copied."""
     return z.clone() if z.is_inference() else z
-
-
-@dataclass
-class _Counted:
-    """Evaluations of a problem, counted, including those that a rule makes itself."""
-
-    evaluate: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    count: int = field(default=0)
-
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.count += 1
-        return self.evaluate(z)
-
-    def residual_in(self, unit: Tensor | None) -> Map:
-        """Return `g`, of states in that unit."""
-        if unit is None:
-            return lambda z: self(z)[1]
-        return lambda z: self(z * unit)[1] / unit
 
 
 def reconcile(solution: Solution, joint: Measured, problem: Problem) -> Solution:

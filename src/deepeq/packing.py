@@ -1,5 +1,6 @@
 """A state of any structure as one `(B, N)` tensor: solvers see nothing else."""
 
+import copy
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Literal
@@ -189,6 +190,18 @@ class Packing:
         if torch.is_autocast_enabled(self.device_type):
             dtypes.append(torch.get_autocast_dtype(self.device_type))
         return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the first dimension of every tensor indexes the problems."""
+        return self._rows is None and self._num_leading == 1 and all(self.shapes)
+
+    def with_batch(self, batch_size: int) -> "Packing":
+        """Return the packing of a batch of another size."""
+        other = copy.copy(self)
+        other.shapes = [torch.Size((batch_size, *shape[1:])) for shape in self.shapes]
+        other.batch_size, other.batch_shape = batch_size, (batch_size,)
+        return other
 
     @property
     def copies(self) -> bool:

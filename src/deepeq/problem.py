@@ -36,6 +36,8 @@ class Problem:
     """Relative rounding of what `function` returns, where it is coarser than the packed dtype."""
     verify: bool = True
     """Check that the residuals of all problems hold together at the returned state."""
+    take: Callable[[Tensor], Map] | None = None
+    """Returns `function` for some of the problems, given their indices; None where that cannot be done."""
     linear: bool = False
     """The map is the affine one of a backward pass, which asks for other advice."""
     name: str = "f"

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from deepeq.adjoint import Adjoint, BackpropAdjoint, ImplicitAdjoint
 from deepeq.checks import check_choice
-from deepeq.diagnosis import OnFailure, explain_error, explain_randomness, report
+from deepeq.diagnosis import OnFailure, explain_randomness, report
 from deepeq.norms import safe_two_norm
 from deepeq.packing import Map, Norm, Packing
 from deepeq.problem import Problem
 from deepeq.scaling import automatic_scale
 from deepeq.solution import ConvergenceError, Result, Solution, State
 from deepeq.solvers import Anderson, NewtonKrylov, Solver
+from deepeq.watched import Watched
 
 Nonfinite = Literal["raise", "keep"]
 """What happens when a value is not finite: an error after the other problems are solved, or a Solution that says so."""
@@ -66,7 +67,8 @@ def fixed_point(
 
     Args:
         f: Map of a state to a state of the same structure and shapes, pure in its argument. It may close over any
-            tensors: all get their gradients.
+            tensors: all get their gradients. If it has a method `take(indices)` that returns the map of some of the
+            problems, those that are done may leave the evaluations.
         z0: A real or complex tensor, or a tuple, list or dict of them; `(B, ...)` for `B` independent problems.
         solver: The rule, its tolerances and step limit; default `Anderson()`.
         adjoint: How gradients are computed; default `ImplicitAdjoint()`, the exact ones.
@@ -109,13 +111,14 @@ def fixed_point(
     solver, adjoint = check_rules(solver, adjoint)
     options = _Options(keep, "raise" if throw else on_failure, nonfinite, callback)
     packing = Packing(z0, batch_dims, segments)
-    function = _Watched(f, packing, "f")
+    function = Watched(f, packing, "f")
     problem = Problem(
         function=function,
         norm=packing.norm(norm),
         sizes=packing.sizes,
         resolution=packing.resolution,
         verify=verify,
+        take=None if solver.min_steps else function.rows(getattr(f, "take", None)),
         name="f",
     )
     _refuse_transforms(adjoint)
@@ -169,7 +172,7 @@ def root_find(
     packing = Packing(z0, batch_dims, segments)
     solver, adjoint = check_rules(solver or default_root_solver(packing), adjoint)
     options = _Options(keep, "raise" if throw else on_failure, nonfinite, callback)
-    function, start = _Watched(g, packing, "g"), packing.pack(z0, "z0")
+    function, start = Watched(g, packing, "g"), packing.pack(z0, "z0")
     _refuse_transforms(adjoint)
     with torch.no_grad():
         first = function(start.detach())
@@ -257,7 +260,7 @@ def _solve(
     solver: Solver,
     adjoint: Adjoint,
     options: _Options,
-    function: "_Watched",
+    function: "Watched",
 ) -> Solution:
     observe = options.callback
 
@@ -293,45 +296,6 @@ def _is_random(problem: Problem, z: Tensor) -> bool:
     """Return whether two evaluations at one point differ by a tenth of the residual or more."""
     (a, g, _), (b, _, _) = problem.evaluate(z), problem.evaluate(z)
     return bool((safe_two_norm(a - b) > 0.1 * safe_two_norm(g)).any())
-
-
-class _Watched:
-    """The user's function on packed states `(B, N)`, and the checks that it leaves its argument alone.
-
-    Changes that a version counter does not see (through `.data` or numpy) are looked for at the first two points. A
-    function that writes its results into buffers of its own is harmless: they are copied during the search.
-    """
-
-    def __init__(self, function: Callable[[Any], Any], packing: Packing, name: str) -> None:
-        self._function, self._packing, self._name = function, packing, name
-        if not callable(function):
-            raise TypeError(f"{name}={function!r} must be a function of a state")
-        self.num_calls = 0
-
-    def __call__(self, flat: Tensor) -> Tensor:
-        self.num_calls += 1
-        if torch._C._are_functorch_transforms_active():  # a product in forward mode, of tensors without storage
-            return self._packing.pack(self._function(self._packing.unpack(flat)), self._name)
-        version = None if flat.is_inference() else flat._version
-        before = flat.detach().clone() if self.num_calls <= 2 else None
-        state = self._packing.unpack(flat)
-        try:
-            value = self._function(state)
-        except (RuntimeError, TypeError) as error:
-            # Errors of other classes, such as that of a solve inside of f, say more than a shape does.
-            plain = self.num_calls == 1 and type(error) in (RuntimeError, TypeError)
-            sentence = explain_error(error, self._name, state) if plain else ""
-            if not sentence:
-                raise
-            raise type(error)(sentence) from error
-        value = self._packing.pack(value, self._name)
-        changed = version is not None and flat._version != version
-        if changed or (before is not None and not torch.equal(before.nan_to_num(), flat.detach().nan_to_num())):
-            raise ValueError(
-                f"{self._name} changed its argument in place, and with it the iterate; use operations that make new "
-                "tensors (inplace=False)"
-            )
-        return value if self._packing.copies or torch.is_grad_enabled() else value.clone()
 
 
 def _refuse_transforms(adjoint: Adjoint) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import deepeq
-from deepeq.models import Memory, TransformerCell, TransformerConfig
+from deepeq.models import CellConfig, Memory, TransformerCell, TransformerConfig, TrellisConfig
 from deepeq.nn import relative_shift, sinusoidal_positions
 
 CONFIG = TransformerConfig(d_model=8, num_heads=2, d_inner=12)
@@ -328,3 +329,23 @@ def test_weights_start_with_the_standard_deviation_of_the_paper() -> None:
 def test_sizes_out_of_range_are_named_together(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**values)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("config", [TransformerConfig(d_model=16, init_std=0.2), TrellisConfig(d_input=16)])
+def test_sequences_that_are_done_leave_the_solve(config: CellConfig) -> None:
+    """With `take` as without it: values and steps, where six of eight sequences start at their equilibrium."""
+    torch.manual_seed(3)
+    cell = config.build().eval()
+    f, z0 = deepeq.DEQ(make_contractive(cell) if isinstance(cell, TransformerCell) else cell).prepare(
+        torch.randn(8, 5, 16)
+    )
+    options = {"solver": deepeq.Anderson(rtol=1e-5, max_steps=60), "on_failure": "raise", "verify": False}
+    with torch.no_grad():
+        found = deepeq.fixed_point(f, z0, **options).value
+        z0 = tree_map(lambda z, start: torch.cat([z[:6], start[6:]]), found, z0)
+        left = deepeq.fixed_point(f, z0, **options)
+        whole = deepeq.fixed_point(lambda z: f(z), z0, **options)
+    assert left.num_steps.max() > 4 * left.num_steps[:6].max()
+    assert torch.equal(left.num_steps, whole.num_steps)
+    for a, b in zip(tree_leaves(left.value), tree_leaves(whole.value), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

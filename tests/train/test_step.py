@@ -46,7 +46,7 @@ def test_muon_makes_steps_of_hidden_matrices_orthogonal_and_leaves_the_rest_to_a
     change = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
     # The Newton-Schulz iteration brings singular values near 1, not to 1.
     spread = torch.linalg.svdvals(change["network.cell.inner.parametrizations.weight.original1"])
-    assert spread.min() > 0.3 * spread.max()
+    assert spread[-2] > 0.3 * spread[0]  # the smallest one may be zero in the gradient too
     # Steps have the size of Adam's: a root mean square of 0.2 learning rates.
     assert change["network.cell.inner.parametrizations.weight.original1"].square().mean().sqrt() == pytest.approx(
         0.2 * OptimizerConfig().lr, rel=0.3

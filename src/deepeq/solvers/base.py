@@ -73,6 +73,11 @@ class Solver(ABC):
         return True
 
     @property
+    def independent_rows(self) -> bool:
+        """Whether the rule can go on with some rows of its state, those of the problems that are not done."""
+        return True
+
+    @property
     def needs_symmetry(self) -> bool:
         """Whether the rule relies on a symmetric Jacobian, so that parts of a state may not be scaled apart."""
         return False

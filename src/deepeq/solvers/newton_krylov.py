@@ -93,6 +93,10 @@ class NewtonKrylov(Solver):
     def differentiable(self) -> bool:
         return False  # singular values and products with the Jacobian have no stable derivative
 
+    @property
+    def independent_rows(self) -> bool:
+        return False  # products with the Jacobian are those of all problems
+
     def bind(self, g: Map) -> Self:
         bound = replace(self)
         object.__setattr__(bound, "_jacobian", JacobianProduct(g))
