@@ -336,9 +336,8 @@ def test_sequences_that_are_done_leave_the_solve(config: CellConfig) -> None:
     """With `take` as without it: values and steps, where six of eight sequences start at their equilibrium."""
     torch.manual_seed(3)
     cell = config.build().eval()
-    f, z0 = deepeq.DEQ(make_contractive(cell) if isinstance(cell, TransformerCell) else cell).prepare(
-        torch.randn(8, 5, 16)
-    )
+    cell = (make_contractive(cell) if isinstance(cell, TransformerCell) else cell).double()
+    f, z0 = deepeq.DEQ(cell).prepare(torch.randn(8, 5, 16, dtype=torch.float64))
     options = {"solver": deepeq.Anderson(rtol=1e-5, max_steps=60), "on_failure": "raise", "verify": False}
     with torch.no_grad():
         found = deepeq.fixed_point(f, z0, **options).value
