@@ -14,7 +14,6 @@ from deepeq.solvers.basis import Basis, times
 
 Projection = Literal["mixed", "type_i", "type_ii"]
 """The vectors `w` of `<w_i, g - dG gamma> = 0`: `dg - dz`, `dz`, or `dg`."""
-_WEIGHTS = {"mixed": (1.0, 1.0), "type_i": (0.0, 1.0), "type_ii": (1.0, 0.0)}
 _LEAST_PIVOT = 3e-4
 """Pivots below this fraction of their terms start a problem again (types I and mixed)."""
 _BLOCK = 8
@@ -26,15 +25,15 @@ _SMALLEST_HISTORY = 8
 class AndersonState(NamedTuple):
     """The differences `dg_0 ... dg_(k-1)`, and what is known of the steps `dz_0 ... dz_k`.
 
-    The matrices are float64 and have room for `K > k` rows and columns, with zeros in it.
+    Rows and columns of the matrices belong to `g` and to the differences: index 0 is `g`, and `1 + i` is `dg_i`. They
+    are float64, and have zeros in the room for more.
     """
 
     g: Tensor  # (B, N), the last residual
-    rest: Tensor  # (B, K), <dg_i, g>
     differences: Basis  # k vectors
-    gram: Tensor  # (B, K, K), <dg_i, dg_j>
-    steps: Tensor  # (B, K, K), rows df_0 ... df_(k-1), dz_k as combinations of g (column 0) and the differences
-    inverse: Tensor  # (B, K, K), the inverse of the matrix of <w_i, dg_j>
+    gram: Tensor  # (B, K, K), inner products
+    steps: Tensor  # (B, K, K), rows 0, df_0 ... df_(k-1), dz_k as combinations of g and the differences
+    inverse: Tensor  # (B, K, K), the inverse of the matrix of <w_i, dg_j>; row and column 0 are zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,97 +91,89 @@ class Anderson(Solver):
         most = min(self.history_size, max(_SMALLEST_HISTORY, 2 * g.shape[1]))
         if state is None or state.differences.size == most:
             return z + (1.0 - self.damping) * g, self._start(g)
-        k, capacity = state.differences.size, min(most, max(1, self.max_steps - 1))
-        differences = state.differences.append(g, capacity, minus=state.g)
-        gram, steps, inverse = _with_room(k + 2, state)
-        size, rest = two_norm(g).double().unsqueeze(1), _padded(differences.inner(g), gram)
-        along = self._along(differences, size, rest, state.rest)
-        gram[:, k], gram[:, :, k] = along, along
-        steps[:, :, 1 + k] = -steps[:, :, 0]  # the last residual was g - dg_k
-        steps[:, k, 1 + k] += 1.0  # df_k = dz_k + dg_k
+        differences = state.differences.append(g, min(most, max(1, self.max_steps - 1)), minus=state.g)
+        gram, steps, inverse = _with_room(differences.size + 2, state)
+        new = differences.size  # index of the newest difference
+        products = self._products(differences, g, gram)
+        for index, row in ((0, products[:, 1]), (new, products[:, 0])):
+            gram[:, index], gram[:, :, index] = row, row
+        steps[:, :, new] = -steps[:, :, 0]  # the last residual was g - dg_k
+        steps[:, new, new] += 1.0  # df_k = dz_k + dg_k
         noise = torch.finfo(g.dtype).eps * two_norm(fz).unsqueeze(1)
-        gamma, inverse = self._coefficients(k, along, rest, size, noise, gram, steps, inverse)
+        gamma, inverse = self._coefficients(new, products, noise, gram, steps, inverse)
         step = -times(gamma, steps)
         step[:, 0] += 1.0 - self.damping
         if self.damping:
-            step[:, 1:] += self.damping * gamma[:, :-1]
-        steps = _with_row(k + 1, step, steps)
-        step = step[:, : k + 2].to(z.dtype)
+            step += self.damping * gamma
+        steps = _with_row(new + 1, step, steps)
+        step = step[:, : new + 1].to(z.dtype)
         z_next = differences.add(torch.addcmul(z, g, step[:, :1]), step[:, 1:])
-        return z_next, AndersonState(g, rest, differences, gram, steps, inverse)
+        return z_next, AndersonState(g, differences, gram, steps, inverse)
 
     def _start(self, g: Tensor) -> AndersonState:
-        zeros = [g.new_zeros((len(g), _BLOCK, _BLOCK), dtype=torch.float64) for _ in range(3)]
-        zeros[1][:, 0, 0] = 1.0 - self.damping
-        return AndersonState(g, zeros[0][:, 0], Basis(), *zeros)
+        gram, steps, inverse = g.new_zeros((3, len(g), _BLOCK, _BLOCK), dtype=torch.float64).unbind()
+        steps[:, 1, 0] = 1.0 - self.damping
+        return AndersonState(g, Basis(), gram, steps, inverse)
 
-    def _along(self, differences: Basis, size: Tensor, rest: Tensor, last_rest: Tensor) -> Tensor:
-        """Return the products of the newest difference with all of them, `(B, K)`."""
-        difference, k = differences.last, differences.size - 1
-        length = two_norm(difference).double().unsqueeze(1)
-        if difference.is_cuda or difference.requires_grad:
-            return _padded(differences.inner(difference), rest)
-        # The difference of two products saves a pass over all vectors.
-        along = rest - pad(last_rest, (0, rest.shape[1] - last_rest.shape[1]))
-        along[:, k : k + 1] = length * length
-        close = (length < 0.1 * size) & (length > 0.0)  # where it would lose digits
-        if close.any():
-            along = torch.where(close, _padded(differences.inner(difference), rest), along)
-        return along
+    def _products(self, differences: Basis, g: Tensor, gram: Tensor) -> Tensor:
+        """Return the products of the newest difference and of `g` with `g` and all differences, `(B, 2, K)`."""
+        new, difference = differences.size, differences.last
+        size, length = two_norm(g), two_norm(difference)
+        products = gram.new_zeros((len(g), 2, gram.shape[2]))
+        products[:, 1, 1 : new + 1] = differences.inner(g)
+        products[:, 1, 0] = size.double().square()
+        if g.is_cuda or g.requires_grad:
+            products[:, 0, 1 : new + 1] = differences.inner(difference)
+        else:
+            # The difference of two products saves a pass over all vectors.
+            products[:, 0, 1:new] = products[:, 1, 1:new] - gram[:, 0, 1:new]
+            products[:, 0, new] = length.double().square()
+            close = (length < 0.1 * size) & (length > 0.0)  # where it would lose digits
+            if close.any():
+                products[close, 0, 1 : new + 1] = differences.inner(difference)[close].double()
+        products[:, 0, 0] = products[:, 1, new]
+        return products
 
     def _coefficients(
-        self,
-        k: int,
-        along: Tensor,
-        rest: Tensor,
-        size: Tensor,
-        noise: Tensor,
-        gram: Tensor,
-        steps: Tensor,
-        inverse: Tensor,
+        self, new: int, products: Tensor, noise: Tensor, gram: Tensor, steps: Tensor, inverse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return gamma, `(B, K)`, and the inverse with the row and column of the difference `dg_k`.
+        """Return gamma, `(B, K)`, and the inverse with the row and column of the newest difference.
 
         Args:
-            k: Index of the newest difference.
-            along: Its products with all of them, `(B, K)`.
-            rest: Those of `g`, `(B, K)`.
-            size: `||g||`, `(B, 1)`.
+            new: Index of the newest difference.
+            products: Its products, and those of `g`, `(B, 2, K)`.
             noise: Length of a difference that is nothing but rounding errors, `(B, 1)`.
-            gram: With the row and column of `dg_k`.
-            steps: With the row of `df_k`.
-            inverse: Without the row and column of `dg_k`.
+            gram: With the new row and column.
+            steps: With the row of the newest `df`.
+            inverse: Without the new row and column.
         """
-        (of_dg, of_dz), eps = _WEIGHTS[self.projection], torch.finfo(noise.dtype).eps
-        column, right, row = of_dg * along, of_dg * rest, of_dg * along  # W^T dg_k, W^T g and w_k^T dG
-        if of_dz:
-            vectors = torch.stack([along, rest], dim=1).roll(1, dims=2)  # products with g, dg_0, dg_1, ...
-            vectors[:, 0, 0], vectors[:, 1, :1] = rest[:, k], size * size.double()
-            of_df, last = torch.bmm(vectors, steps.mT), steps[:, k]
-            column, right = column + of_dz * (along - of_df[:, 0]), right + of_dz * (rest - of_df[:, 1])
-            row = row + of_dz * (along - last[:, :1] * rest - times(pad(last[:, 1:], (0, 1)), gram))
-        known, back = torch.bmm(torch.stack([column, right], dim=1), inverse.mT), times(row, inverse)
-        overlap, corner, square = times(row, known.mT), column[:, k : k + 1], gram[:, k, k].unsqueeze(1)
-        pivot = corner + self.ridge * square - overlap[:, :1]
-        # But for type II, a small pivot makes gamma large, and a nonlinear map is unpredictable far away.
-        least = _LEAST_PIVOT if of_dz else 8.0 * eps
-        again = pivot.abs() <= least * (corner.abs() + overlap[:, :1].abs())
-        if along.is_cuda or again.any():
+        eps = torch.finfo(noise.dtype).eps
+        if self.projection == "type_ii":
+            projected, row, least = products, products[:, 0], 8.0 * eps
+        else:
+            # w = dg - dz = 2 dg - df, or -dz = dg - df
+            weight = 2.0 if self.projection == "mixed" else 1.0
+            projected = weight * products - torch.bmm(products, steps.mT)  # W^T dg_k and W^T g
+            row = weight * products[:, 0] - times(steps[:, new], gram)  # w_k^T dG
+            # A small pivot makes gamma large without the least squares of type II, and f is not linear so far away.
+            least = _LEAST_PIVOT
+        known, back = torch.bmm(projected, inverse.mT), times(row, inverse)
+        overlap, corner = times(row, known.mT), projected[:, :, new]
+        square = gram[:, new, new].unsqueeze(1)
+        pivot = corner[:, :1] + self.ridge * square - overlap[:, :1]
+        again = pivot.abs() <= least * (corner[:, :1].abs() + overlap[:, :1].abs())
+        if pivot.is_cuda or again.any():
             inverse, known = (part.masked_fill(again.unsqueeze(2), 0.0) for part in (inverse, known))
             back, overlap = back.masked_fill(again, 0.0), overlap.masked_fill(again, 0.0)
-            pivot = torch.where(again, corner + self.ridge * square, pivot)
+            pivot = torch.where(again, corner[:, :1] + self.ridge * square, pivot)
         # A problem that is done repeats its point. Its difference is zero, and gets the coefficient zero.
         usable = (square > noise * noise) & (pivot.abs() > eps * square)
         scale = torch.where(usable, pivot, torch.inf).reciprocal()
-        new = torch.zeros_like(row)
-        new[:, k] = 1.0
-        left, back = known[:, 0] - new, back - new
-        gamma = known[:, 1] - left * (scale * (right[:, k : k + 1] - overlap[:, 1:]))
-        return gamma, _writable(inverse).addcmul_((left * scale).unsqueeze(2), back.unsqueeze(1))
-
-
-def _padded(products: Tensor, like: Tensor) -> Tensor:
-    return pad(products.to(torch.float64), (0, like.shape[1] - products.shape[1]))
+        unit = torch.zeros_like(row)
+        unit[:, new] = 1.0
+        left = (known[:, 0] - unit) * scale
+        gamma = torch.addcmul(known[:, 1], left, corner[:, 1:] - overlap[:, 1:], value=-1)
+        return gamma, _writable(inverse).addcmul_(left.unsqueeze(2), (back - unit).unsqueeze(1))
 
 
 def _with_room(size: int, state: AndersonState) -> tuple[Tensor, Tensor, Tensor]:
