@@ -26,7 +26,7 @@ lint: $(VENV)/train,dev,docs,examples.stamp  ## Check format, lint, types and th
 smoke: $(VENV)/train.stamp  ## Train every recipe for two cores for a few steps
 	@$(BIN)/python .ci/smoke.py
 
-bench: $(VENV)/train,bench.stamp  ## Run one benchmark: make bench NAME=solvers ARGS="--run DIR"
+bench: $(VENV)/train,bench.stamp  ## Run one benchmark: make bench NAME=solvers
 	@$(BIN)/python benchmarks/$(NAME).py --out benchmarks/results $(ARGS)
 
 docs: $(VENV)/docs.stamp  ## Build the documentation into site/

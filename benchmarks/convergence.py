@@ -36,7 +36,7 @@ from torch.utils import _pytree as pytree
 import deepeq
 from deepeq.cell import prepare
 from deepeq.models import LanguageModel, TiedNetwork
-from deepeq.train import EquilibriumConfig, RunConfig, RunFolder, quality_metrics, read_metrics
+from deepeq.train import RunConfig, RunFolder, quality_metrics, read_metrics
 
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 RTOL = 1e-6  # where a sample stops: below all of TOLERANCES, and within reach of float32
@@ -91,8 +91,7 @@ def solvers_of(config: RunConfig, num_evals: int) -> dict[str, deepeq.Solver]:
     limits: dict[str, Any] = {"rtol": RTOL, "max_steps": num_evals}
     own = config.equilibrium.eval_solver
     if not isinstance(own, deepeq.Broyden):  # a stack, or a run that evaluates with another method
-        own = EquilibriumConfig().with_defaults().eval_solver
-    assert isinstance(own, deepeq.Broyden)
+        own = deepeq.Broyden(history_size=20)
     return {
         "stacking, z <- f(z)": deepeq.FixedPointIteration(**limits),
         f"stacking, damped by {DAMPING:g}": deepeq.FixedPointIteration(damping=DAMPING, **limits),

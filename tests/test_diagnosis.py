@@ -554,11 +554,25 @@ def test_a_rule_that_breaks_its_contract_is_named(how: str, sentence: str) -> No
         fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=_Rule(how=how))
 
 
-def test_the_tolerance_that_is_set_is_the_one_to_loosen() -> None:
+@pytest.mark.parametrize("gain", [0.9, 1.0], ids=["falling", "stands still"])
+def test_the_tolerance_that_is_set_is_the_one_to_loosen(gain: float) -> None:
     solver = FixedPointIteration(rtol=0.0, atol=1e-6, max_steps=6)
-    message = fixed_point(lambda z: 0.9 * z + 1, torch.zeros(1, 1), solver=solver, on_failure="ignore").message
-    assert "loosen atol" in message
-    assert "loosen rtol" not in message
+    said = message(lambda z: gain * z + 1, torch.zeros(1, 1), solver)
+    assert "loosen atol" in said
+    assert "loosen rtol" not in said
+
+
+def test_the_tolerance_of_a_backward_solve_that_is_set_is_the_one_to_loosen() -> None:
+    shift = torch.ones(1, 2, requires_grad=True)
+    adjoint = ImplicitAdjoint(solver=Broyden(rtol=0.0, atol=1e-9, max_steps=1))
+    value = fixed_point(lambda z: 0.9 * z.flip(1) + shift, torch.zeros(1, 2), solver=Broyden(), adjoint=adjoint).value
+    with pytest.warns(ConvergenceWarning, match=r"loosen atol, or take GMRES\(\)"):
+        value[0, 0].backward()
+
+
+def test_equilibrium_near_zero_asks_for_a_larger_atol_where_one_is_set() -> None:
+    said = message(lambda z: 0.5 * z, torch.ones(2, 3), FixedPointIteration(rtol=0.0, atol=1e-12, max_steps=30))
+    assert said.endswith("near zero, where a relative residual says little: raise max_steps or atol")
 
 
 def test_a_residual_just_above_its_tolerance_does_not_look_like_it() -> None:

@@ -71,7 +71,7 @@ def explain_steps(
     )
     if kind == "linear":
         other = "" if isinstance(solver, GMRES) else ", or take GMRES()"
-        generic = f"raise max_steps, loosen {_tolerance(solver)} (to 1e-2 where f works in 16 bits){other}"
+        generic = f"raise max_steps, loosen {_HOW_FAR[_tolerance(solver, solution, resolution)]}{other}"
         return f"{reached}; {solver.advice(len(solution.residual_history)) or generic}"
     return (
         f"{reached}; {_about_vectors(solution)}{_advice(solution, solver, worst, absolute[:, worst], kind, resolution)}"
@@ -81,7 +81,7 @@ def explain_steps(
 def _advice(solution: Solution, solver: Solver, worst: int, sizes: Tensor, kind: Kind, resolution: float) -> str:
     history, sizes = (row.nan_to_num(torch.inf) for row in (solution.residual_history[:, worst], sizes))
     residual, absolute = float(solution.relative_residual[worst]), float(solution.absolute_residual[worst])
-    half = len(history) // 2
+    half, tolerance = len(history) // 2, _tolerance(solver, solution, resolution)
     own = solver.advice(len(history))
     # Of a state that grows without bound, the relative residual stays the same.
     if len(history) > 2 and not all(row[-1] <= 10 * row.min() for row in (history, sizes)):
@@ -92,15 +92,13 @@ def _advice(solution: Solution, solver: Solver, worst: int, sizes: Tensor, kind:
         )
         return f"{away}. Besides, {own}" if own else away
     if half and float(history[half:].min()) < 0.5 * float(history[:half].min()):
-        falling = f"the residual is still falling: raise max_steps, or loosen {_tolerance(solver)}"
+        falling = f"the residual is still falling: raise max_steps, or loosen {tolerance}"
         return f"{falling}. If that does not help, {own}" if own else falling
     if residual <= max(30 * torch.finfo(solution.relative_residual.dtype).eps, 2 * resolution):
-        return (
-            f"the residual is at rounding level: raise {_tolerance(solver)} (to 1e-2 where f works in 16 bits), or use "
-            "a wider dtype"
-        )
+        return f"the residual is at rounding level: raise {_HOW_FAR[tolerance]}, or use a wider dtype"
     if kind == "fixed point" and residual > 0.1 and absolute < 1e-3 * float(sizes[0]):
-        return "the equilibrium seems to be near zero, where a relative residual says little: set atol"
+        remedy = "raise max_steps or atol" if solver.atol else "set atol"
+        return f"the equilibrium seems to be near zero, where a relative residual says little: {remedy}"
     if own:
         return own
     others = [other for other in _OTHERS if not other.startswith(type(solver).__name__)]
@@ -108,14 +106,13 @@ def _advice(solution: Solution, solver: Solver, worst: int, sizes: Tensor, kind:
     if kind == "root":
         remedy = "start elsewhere, or divide g and z by their typical sizes"
     none = ", if there is an equilibrium at all" if residual > 0.1 and kind == "fixed point" else ""
-    return (
-        f"the residual has stopped falling: try {' or '.join(others)}, {remedy}, or loosen {_tolerance(solver)}{none}"
-    )
+    return f"the residual has stopped falling: try {' or '.join(others)}, {remedy}, or loosen {tolerance}{none}"
 
 
-def _tolerance(solver: Solver) -> str:
-    """Return the name of the tolerance that decides."""
-    return "rtol" if solver.rtol else "atol"
+def _tolerance(solver: Solver, solution: Solution, resolution: float) -> str:
+    """Return the name of the tolerance that is set; a backward pass has an rtol of the size of rounding in any case."""
+    rounding = 2.0 * max(torch.finfo(solution.relative_residual.dtype).eps, resolution)
+    return "atol" if solver.atol and solver.rtol <= rounding else "rtol"
 
 
 def _about_vectors(solution: Solution) -> str:
@@ -128,6 +125,7 @@ def _about_vectors(solution: Solution) -> str:
     )
 
 
+_HOW_FAR = {"rtol": "rtol (to 1e-2 where f works in 16 bits)", "atol": "atol"}
 _SAFER = ("Broyden(line_search_steps=5)", "NewtonKrylov()")
 _OTHERS = ("Broyden(max_steps=200, history_size=200)", "Anderson(max_steps=100)", "NewtonKrylov()")
 

@@ -97,7 +97,7 @@ def test_trained_cells_still_converge(kind: str, lr: float) -> None:
         losses.append(loss.item())
         converged.append(solution.converged.float().mean().item())
     assert losses[-1] < 0.5 * losses[0]
-    assert sum(converged) / len(converged) > 0.99
+    assert sum(converged) / len(converged) > 0.98
     assert layer(x).converged.float().mean() > 0.95
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from deepeq import Anderson
+from deepeq import DEQ, Anderson, fixed_point
+from deepeq.models import TransformerConfig
 from tests.problems import PROBLEMS, points_of, solve
 
 
@@ -75,3 +76,29 @@ def test_as_many_evaluations_as_gmres_on_an_affine_map():
     )
     assert solution.converged.all()
     assert solution.num_steps.item() <= needed + 2
+
+
+def test_a_state_of_a_bounded_map_stays_of_its_size():
+    """Untrained attention has no equilibrium within reach; solvers that extrapolate freely reach 1e17 there."""
+    torch.manual_seed(1)
+    cell = TransformerConfig(d_model=16, num_heads=2, d_inner=32, memory_len=8).build().eval()
+    f, z0 = DEQ(cell).prepare(0.3 * torch.randn(16, 16, 16))
+    largest = []
+    with torch.no_grad():
+        fixed_point(
+            f,
+            z0,
+            solver=Anderson(rtol=1e-3, max_steps=40),
+            on_failure="ignore",
+            callback=lambda step, z, residual: largest.append(z.flatten(1).norm(dim=1).max().item()),
+        )
+    assert len(largest) == 40
+    assert max(largest) < 1e4
+
+
+@pytest.mark.parametrize("slope", [-5.0, 0.999, 2.0, 3.0])
+def test_any_slope_but_one_is_found(slope):
+    """At a slope of two, `dg = dz`: a fixed sign in `dg - dz` would leave nothing."""
+    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    solution = solve(lambda z: slope * z + 1.0, z0, solver=Anderson(rtol=1e-8))
+    torch.testing.assert_close(solution.value, torch.full_like(z0, 1.0 / (1.0 - slope)))

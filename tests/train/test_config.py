@@ -6,7 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from deepeq import GMRES, Anderson, Broyden, ConjugateGradient, Equilibrium, ImplicitAdjoint, Pieces, Solver, Stack
+from deepeq import (
+    GMRES,
+    Adjoint,
+    Anderson,
+    BackpropAdjoint,
+    Broyden,
+    ConjugateGradient,
+    Equilibrium,
+    ImplicitAdjoint,
+    NeumannAdjoint,
+    PhantomAdjoint,
+    Pieces,
+    Solver,
+    Stack,
+)
 from deepeq.train import (
     Cosine,
     Drops,
@@ -205,3 +219,17 @@ def test_step_limit_that_would_fall_below_min_steps_is_refused_at_once() -> None
     with pytest.raises(ValueError, match=r"solver.max_steps=30 down to 3, below solver.min_steps=5; lower min_steps"):
         EquilibriumConfig(solver=Broyden(min_steps=5), step_limit_schedule=Linear(end=0.1))
     EquilibriumConfig(solver=Broyden(min_steps=3), step_limit_schedule=Linear(end=0.1))
+
+
+@pytest.mark.parametrize("adjoint", [PhantomAdjoint(steps=2), NeumannAdjoint(terms=3), BackpropAdjoint()])
+def test_an_adjoint_of_a_recipe_is_the_one_that_trains(adjoint: Adjoint) -> None:
+    how = EquilibriumConfig(adjoint=adjoint).training_how(9, 10)
+    assert isinstance(how, Equilibrium)
+    assert how.adjoint == adjoint
+
+
+def test_an_adjoint_without_a_backward_solve_takes_no_backward_solver() -> None:
+    with pytest.raises(ValueError, match="adjoint=NeumannAdjoint has no backward solve"):
+        EquilibriumConfig(adjoint=NeumannAdjoint(), backward_solver=GMRES())
+    with pytest.raises(ValueError, match="adjoint=ImplicitAdjoint is what backward_solver sets up"):
+        EquilibriumConfig(adjoint=ImplicitAdjoint())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepeq import Anderson
+from deepeq import Anderson, Broyden
 from deepeq.cli import main
 from deepeq.train import (
     EvaluationOptions,
@@ -111,7 +111,7 @@ def test_absolute_tolerance_and_step_limit_stop_a_solve(measure: Measure) -> Non
 
 
 def test_another_solver_finds_the_same_equilibrium_on_its_own_way(measure: Measure) -> None:
-    broyden, anderson = measure("trellis", **EXACT), measure("trellis", solver=Anderson(), **EXACT)
+    broyden, anderson = measure("trellis", solver=Broyden(), **EXACT), measure("trellis", **EXACT)
     assert (broyden["solver"]["name"], anderson["solver"]["name"]) == ("Broyden", "Anderson")
     assert anderson["forward_steps"] != broyden["forward_steps"]
     assert anderson["forward_unconverged"] == broyden["forward_unconverged"] == 0
@@ -165,9 +165,9 @@ def test_explicit_network_has_no_solver(measure: Measure) -> None:
         ("trellis", {"memory_len": 0}, "memory_len=0 is of Transformers"),
         ("copy", {"memory_len": 3}, "memory_len=3 changes nothing"),
         ("copy", {"segment_len": 8}, "segment_len must be 25"),
-        ("trellis", {"rtol": -1.0}, "rtol=-1.0 of Broyden must be a finite number >= 0"),
-        ("trellis", {"rtol": 0.0}, "rtol and atol of Broyden are both 0"),
-        ("trellis", {"max_steps": -1}, "max_steps=-1 of Broyden must be a whole number >= 0"),
+        ("trellis", {"rtol": -1.0}, "rtol=-1.0 of Anderson must be a finite number >= 0"),
+        ("trellis", {"rtol": 0.0}, "rtol and atol of Anderson are both 0"),
+        ("trellis", {"max_steps": -1}, "max_steps=-1 of Anderson must be a whole number >= 0"),
         (
             "trellis",
             {"memory_len": -1, "batch_size": 0},
@@ -186,7 +186,7 @@ def test_option_that_does_not_fit_is_named(measure: Measure, name: str, options:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rtol", "-1"], "rtol=-1.0 of Broyden must be"),
+        (["--rtol", "-1"], "rtol=-1.0 of Anderson must be"),
         (["--solver", "Anderson", "--solver.ridge", "2"], "ridge=2.0 of Anderson must lie in"),
         (["--solver", "os.system"], "solver"),
         (["--max_steps", "many"], "max_steps"),

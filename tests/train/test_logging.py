@@ -66,6 +66,22 @@ def test_fraction_that_was_always_high_is_no_news() -> None:
     assert steps_with_a_warning(train_rows([0.3] * 10 + [0.6])) == [220]
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_solves_that_never_converge_are_told_once_after_the_first_rows(direction: str) -> None:
+    rows = train_rows([1.0] * 5 + [0.9, 0.2, 0.9, 0.9], direction)
+    assert steps_with_a_warning(rows) == [120]
+    (sentence,) = diagnostics(rows[:6])
+    solver = {"forward": "solver", "backward": "backward_solver"}[direction]
+    effect = {"forward": "no equilibria", "backward": "gradients are inexact"}[direction]
+    for part in ("step 120:", f"90% of the {direction} solves", effect, f"raise equilibrium.{solver}.max_steps"):
+        assert part in sentence, part
+
+
+def test_hard_first_rows_are_no_reason() -> None:
+    assert steps_with_a_warning(train_rows([1.0] * 5 + [0.5, 0.4, 0.3])) == []
+    assert steps_with_a_warning(train_rows([1.0] * 5)) == []
+
+
 def test_few_unconverged_solves_or_few_rows_are_no_reason() -> None:
     assert steps_with_a_warning(train_rows([0.0] * 10 + [0.099])) == []
     assert steps_with_a_warning(train_rows([0.0, 0.0, 0.0, 0.0, 0.5])) == []
@@ -126,7 +142,10 @@ def test_rows_of_another_kind_between_them_change_nothing() -> None:
 
 @pytest.mark.parametrize("path", sorted(RESULTS.rglob("metrics.jsonl")), ids=lambda path: path.parent.name)
 def test_committed_runs_are_healthy(path: Path) -> None:
-    assert steps_with_a_warning([json.loads(line) for line in path.read_text().splitlines()]) == []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    # In version 0.1 the field had another name.
+    rows = [row | {"pretraining": row.get("pretraining", row.get("warm_up"))} for row in rows]
+    assert steps_with_a_warning(rows) == []
 
 
 @pytest.fixture(autouse=True)

@@ -194,7 +194,9 @@ def find_in_folder(folder: Path, config: DataConfig) -> Text:
         if not path.is_file():
             names = " or ".join(pattern.format("train") for pattern in _FILE_NAMES)
             hint = f" (`deepeq data {name} --dir DIR` downloads them)" if name in PUBLISHED else ""
-            raise FileNotFoundError(f"{path} is missing; {folder} must hold {names}, and valid and test likewise{hint}")
+            raise FileNotFoundError(
+                f"{path.absolute()} is missing; {folder} must hold {names}, and valid and test likewise{hint}"
+            )
     sources = tuple(FileSource(path, config.text_field) for path in paths)
     return Text(name=name, unit=config.unit, vocab_size=config.vocab_size, sources=sources, is_split=True)
 
@@ -209,10 +211,13 @@ def text_folder(config: DataConfig) -> Path:
     if folder is not None and folder.is_dir():
         return folder
     if config.corpus not in PUBLISHED:
-        raise FileNotFoundError(f"{folder} is not a folder; give the folder of the text as --data.folder")
+        place = folder and folder.absolute()
+        raise FileNotFoundError(f"{place} is not a folder; give the folder of the text as --data.folder")
     published = PUBLISHED[config.corpus]
     search = (
-        f"looked for in {folder}, which is not a folder" if folder else "not looked for, because no folder is named"
+        f"looked for in {folder.absolute()}, which is not a folder"
+        if folder
+        else "not looked for, because no folder is named"
     )
     raise FileNotFoundError(
         f"{published.title} was {search}: "

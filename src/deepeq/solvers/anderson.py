@@ -16,6 +16,8 @@ Projection = Literal["mixed", "type_i", "type_ii"]
 """The vectors `w` of `<w_i, g - dG gamma> = 0`: `dg - dz`, `dz`, or `dg`."""
 _LEAST_PIVOT = 3e-4
 """Pivots below this fraction of their terms start a problem again (types I and mixed)."""
+_LONGEST_STEP = 10.0
+"""Longest step, in sizes of `z` and `f(z)`: a map is seldom linear so far away."""
 _BLOCK = 8
 """Rows by which the small matrices grow."""
 _SMALLEST_HISTORY = 8
@@ -34,6 +36,7 @@ class AndersonState(NamedTuple):
     gram: Tensor  # (B, K, K), inner products
     steps: Tensor  # (B, K, K), rows 0, df_0 ... df_(k-1), dz_k as combinations of g and the differences
     inverse: Tensor  # (B, K, K), the inverse of the matrix of <w_i, dg_j>; row and column 0 are zero
+    weights: Tensor  # (B, K), of dz_i in -w_i: w_i = dg_i - weight dz_i
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,21 +102,25 @@ class Anderson(Solver):
             gram[:, index], gram[:, :, index] = row, row
         steps[:, :, new] = -steps[:, :, 0]  # the last residual was g - dg_k
         steps[:, new, new] += 1.0  # df_k = dz_k + dg_k
-        noise = torch.finfo(g.dtype).eps * two_norm(fz).unsqueeze(1)
-        gamma, inverse = self._coefficients(new, products, noise, gram, steps, inverse)
+        size, eps = two_norm(fz).double().unsqueeze(1), torch.finfo(g.dtype).eps
+        noise = eps * size
+        gamma, inverse, weights = self._coefficients(new, products, noise, eps, gram, steps, inverse, state.weights)
         step = -times(gamma, steps)
         step[:, 0] += 1.0 - self.damping
         if self.damping:
             step += self.damping * gamma
+        square = torch.bmm(times(step, gram).unsqueeze(1), step.unsqueeze(2)).squeeze(2)
+        most = _LONGEST_STEP**2 * (size * size + products[:, 1, :1])
+        step = step * torch.where(square > most, most / torch.where(square > most, square, 1.0), 1.0).sqrt()
         steps = _with_row(new + 1, step, steps)
         step = step[:, : new + 1].to(z.dtype)
         z_next = differences.add(torch.addcmul(z, g, step[:, :1]), step[:, 1:])
-        return z_next, AndersonState(g, differences, gram, steps, inverse)
+        return z_next, AndersonState(g, differences, gram, steps, inverse, weights)
 
     def _start(self, g: Tensor) -> AndersonState:
         gram, steps, inverse = g.new_zeros((3, len(g), _BLOCK, _BLOCK), dtype=torch.float64).unbind()
         steps[:, 1, 0] = 1.0 - self.damping
-        return AndersonState(g, Basis(), gram, steps, inverse)
+        return AndersonState(g, Basis(), gram, steps, inverse, gram[:, 0, :1])
 
     def _products(self, differences: Basis, g: Tensor, gram: Tensor) -> Tensor:
         """Return the products of the newest difference and of `g` with `g` and all differences, `(B, 2, K)`."""
@@ -135,26 +142,39 @@ class Anderson(Solver):
         return products
 
     def _coefficients(
-        self, new: int, products: Tensor, noise: Tensor, gram: Tensor, steps: Tensor, inverse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return gamma, `(B, K)`, and the inverse with the row and column of the newest difference.
+        self,
+        new: int,
+        products: Tensor,
+        noise: Tensor,
+        eps: float,
+        gram: Tensor,
+        steps: Tensor,
+        inverse: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gamma, `(B, K)`, and the inverse and the weights with those of the newest difference.
 
         Args:
             new: Index of the newest difference.
             products: Its products, and those of `g`, `(B, 2, K)`.
             noise: Length of a difference that is nothing but rounding errors, `(B, 1)`.
+            eps: Relative rounding of the state.
             gram: With the new row and column.
             steps: With the row of the newest `df`.
             inverse: Without the new row and column.
+            weights: Without the new one.
         """
-        eps = torch.finfo(noise.dtype).eps
         if self.projection == "type_ii":
             projected, row, least = products, products[:, 0], 8.0 * eps
         else:
-            # w = dg - dz = 2 dg - df, or -dz = dg - df
-            weight = 2.0 if self.projection == "mixed" else 1.0
-            projected = weight * products - torch.bmm(products, steps.mT)  # W^T dg_k and W^T g
-            row = weight * products[:, 0] - times(steps[:, new], gram)  # w_k^T dG
+            of_dz = times(steps[:, new], gram) - products[:, 0]  # dz_k^T dG
+            # With this sign, <w_k, dg_k> = ||dg_k||^2 + |<dz_k, dg_k>|: w_k vanishes nowhere.
+            weight = torch.where(of_dz[:, new : new + 1] > 0.0, -1.0, 1.0)
+            weights = torch.cat([weights, weight], dim=1)
+            padded = pad(weights, (0, steps.shape[1] - weights.shape[1])).unsqueeze(1)
+            of_dg = 1.0 if self.projection == "mixed" else 0.0
+            projected = of_dg * products + padded * (products - torch.bmm(products, steps.mT))  # W^T dg_k and W^T g
+            row = of_dg * products[:, 0] - weight * of_dz  # w_k^T dG
             # A small pivot makes gamma large without the least squares of type II, and f is not linear so far away.
             least = _LEAST_PIVOT
         known, back = torch.bmm(projected, inverse.mT), times(row, inverse)
@@ -173,7 +193,7 @@ class Anderson(Solver):
         unit[:, new] = 1.0
         left = (known[:, 0] - unit) * scale
         gamma = torch.addcmul(known[:, 1], left, corner[:, 1:] - overlap[:, 1:], value=-1)
-        return gamma, _writable(inverse).addcmul_(left.unsqueeze(2), (back - unit).unsqueeze(1))
+        return gamma, _writable(inverse).addcmul_(left.unsqueeze(2), (back - unit).unsqueeze(1)), weights
 
 
 def _with_room(size: int, state: AndersonState) -> tuple[Tensor, Tensor, Tensor]:

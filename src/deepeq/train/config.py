@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from deepeq.adjoint import ImplicitAdjoint
+from deepeq.adjoint import Adjoint, ImplicitAdjoint
 from deepeq.data import DataConfig
 from deepeq.deq import Equilibrium, How, Pieces, Stack
 from deepeq.models import ModelConfig
 from deepeq.solution import Solution
-from deepeq.solvers import GMRES, Anderson, Broyden, ConjugateGradient, Solver
+from deepeq.solvers import GMRES, Anderson, ConjugateGradient, Solver
 from deepeq.train.schedules import Cosine, Schedule, factor_at
 
 
@@ -27,8 +27,11 @@ class EquilibriumConfig:
     """Forward solver in training; default `Anderson(rtol=1e-2, max_steps=12)`."""
     backward_solver: Solver | None = None
     """Solver of the backward fixed point; default `GMRES(rtol=1e-1, max_steps=8)`."""
+    adjoint: Adjoint | None = None
+    """How gradients are computed, if not exactly: `PhantomAdjoint`, `NeumannAdjoint` or `BackpropAdjoint`. None for
+    `ImplicitAdjoint` with `backward_solver`."""
     eval_solver: Solver | None = None
-    """Forward solver in evaluation and generation; default `Broyden(rtol=1e-3, max_steps=40, history_size=20)`."""
+    """Forward solver in evaluation and generation; default `Anderson(rtol=1e-3, max_steps=40)`."""
     pretrain_fraction: float = 0.2
     """Fraction of the steps that first train a shallow stack of the cell (Bai et al. 2019, appendix E); in [0, 1)."""
     pretrain_depth: int = 3
@@ -60,6 +63,12 @@ class EquilibriumConfig:
                 problems.append(
                     f"{name}={kind.__name__} solves linear equations; only equilibrium.backward_solver takes it"
                 )
+        if isinstance(self.adjoint, ImplicitAdjoint):
+            problems.append("adjoint=ImplicitAdjoint is what backward_solver sets up: leave adjoint out")
+        elif self.adjoint is not None and self.backward_solver is not None:
+            problems.append(
+                f"adjoint={type(self.adjoint).__name__} has no backward solve: leave backward_solver or adjoint out"
+            )
         if self.piece_len is not None and self.jacobian_weight:
             problems.append(
                 f"piece_len={self.piece_len!r} solves several maps, and the Jacobian penalty is of one: leave "
@@ -97,8 +106,8 @@ class EquilibriumConfig:
         return replace(
             self,
             solver=self.solver or Anderson(rtol=1e-2, max_steps=12),
-            backward_solver=self.backward_solver or GMRES(rtol=1e-1, max_steps=8),
-            eval_solver=self.eval_solver or Broyden(rtol=1e-3, max_steps=40, history_size=20),
+            backward_solver=self.backward_solver or (None if self.adjoint else GMRES(rtol=1e-1, max_steps=8)),
+            eval_solver=self.eval_solver or Anderson(rtol=1e-3, max_steps=40),
         )
 
     def pretrain_steps(self, num_steps: int) -> int:
@@ -126,16 +135,17 @@ class EquilibriumConfig:
             depth = self.pretrain_depth * factor_at(self.pretrain_depth_schedule, step, 0, first, validations)
             return Stack(depth=_rounded_up(depth))
         complete = self.with_defaults()
-        solver, backward_solver = complete.solver, complete.backward_solver
+        solver, adjoint = complete.solver, complete.adjoint
         assert solver is not None
-        assert backward_solver is not None
         if self.tolerance_schedule is not None:
             factor = factor_at(self.tolerance_schedule, step, first, num_steps, validations)
             solver = replace(solver, rtol=solver.rtol * factor, atol=solver.atol * factor)
         if self.step_limit_schedule is not None:
             factor = factor_at(self.step_limit_schedule, step, first, num_steps, validations)
             solver = replace(solver, max_steps=_rounded_up(solver.max_steps * factor))
-        adjoint = ImplicitAdjoint(solver=backward_solver, on_failure="ignore", callback=on_backward)
+        if adjoint is None:
+            assert complete.backward_solver is not None
+            adjoint = ImplicitAdjoint(solver=complete.backward_solver, on_failure="ignore", callback=on_backward)
         return self._in_pieces(Equilibrium(solver=solver, adjoint=adjoint, on_failure="ignore", verify=False))
 
     def evaluation_how(self) -> How:

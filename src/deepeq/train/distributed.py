@@ -34,7 +34,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
     if config.strategy != "auto" and not is_torchelastic_launched():
         raise ValueError(
             f"train.strategy={config.strategy!r} is for several processes: start them with torchrun "
-            "--nproc-per-node N -m deepeq train ..., or leave it out"
+            "--standalone --nproc-per-node N -m deepeq train ..., or leave it out"
         )
     num_processes = int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else 1
     num_local = int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchelastic_launched() else 1

@@ -7,6 +7,7 @@ import uuid
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -36,15 +37,20 @@ UNCONVERGED_FRACTION = 0.1
 """Smallest fraction of unconverged solves that is worth a warning."""
 UNCONVERGED_GROWTH = 2.0
 """Factor by which this fraction must exceed its median so far, and the fraction of the last warning."""
+UNCONVERGED_MOST = 0.5
+"""Mean of this fraction, without the first `MIN_ROWS` rows with a solver, that is worth a warning of its own."""
 RADIUS_GROWTH = 1.5
 """Factor by which a spectral radius above 1 must exceed the smallest one so far, and that of the last warning."""
 MIN_ROWS = 5
 """Number of training rows with a solver that are needed to tell what is usual."""
 
+Direction = Literal["forward", "backward"]
+
 _CAUSES = {
     "forward": "the map has become harder to solve",
     "backward": "the linear system of the backward pass has become harder to solve, so gradients are less exact",
 }
+_EFFECTS = {"forward": "the model is trained at states that are no equilibria", "backward": "gradients are inexact"}
 _SOLVERS = {"forward": "solver", "backward": "backward_solver"}
 _REMEDIES = (
     "raise equilibrium.jacobian_weight (where there is no piece_len), lower optimizer.lr or raise "
@@ -290,27 +296,47 @@ def diagnostics(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     newest, found = rows[-1], []
     if newest["split"] == "train" and not newest.get("pretraining"):
-        found = [_unconverged(rows, "forward"), _unconverged(rows, "backward")]
+        found = [rule(rows, way) for way in ("forward", "backward") for rule in (_unconverged, _mostly_unconverged)]
     elif newest["split"] == "valid":
         found = [_radius(rows)]
     return [sentence for sentence in found if sentence is not None]
 
 
-def _unconverged(rows: Sequence[dict[str, Any]], direction: Literal["forward", "backward"]) -> str | None:
+def _unconverged(rows: Sequence[dict[str, Any]], direction: Direction) -> str | None:
     name = f"{direction}_unconverged"
     newest = rows[-1].get(name)
     if newest is None or newest < UNCONVERGED_FRACTION:
         return None
-    values = [row[name] for row in rows if row["split"] == "train" and not row.get("pretraining") and name in row]
+    values = [row[name] for row in _solved(rows, name)]
     usual = _last_alarm(values, _medians(values), least=UNCONVERGED_FRACTION, growth=UNCONVERGED_GROWTH)
     if usual is None:
         return None
-    solver = f"equilibrium.{_SOLVERS[direction]}"
     return (
         f"step {rows[-1]['step']}: {newest:.0%} of the {direction} solves stopped at their step limit, where "
-        f"{usual:.1%} was usual: {_CAUSES[direction]}; {_REMEDIES}, or give the solver more: raise {solver}.max_steps "
-        f"or loosen {solver}.rtol"
+        f"{usual:.1%} was usual: {_CAUSES[direction]}; {_REMEDIES}, or give the solver more: {_more(direction)}"
     )
+
+
+def _mostly_unconverged(rows: Sequence[dict[str, Any]], direction: Direction) -> str | None:
+    name = f"{direction}_unconverged"
+    later = _solved(rows, name)[MIN_ROWS:]
+    means = [total / count for count, total in enumerate(accumulate(row[name] for row in later), start=1)]
+    if not means or means[-1] <= UNCONVERGED_MOST or max(means[:-1], default=0.0) > UNCONVERGED_MOST:
+        return None
+    return (
+        f"step {rows[-1]['step']}: {means[-1]:.0%} of the {direction} solves of late stopped at their step limit, so "
+        f"{_EFFECTS[direction]}; {_more(direction)}, or {_REMEDIES}"
+    )
+
+
+def _solved(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return the training rows with a solver that have a value of this name."""
+    return [row for row in rows if row["split"] == "train" and not row.get("pretraining") and name in row]
+
+
+def _more(direction: Direction) -> str:
+    solver = f"equilibrium.{_SOLVERS[direction]}"
+    return f"raise {solver}.max_steps or loosen {solver}.rtol (or atol, where that is set)"
 
 
 def _radius(rows: Sequence[dict[str, Any]]) -> str | None:

@@ -16,6 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from deepeq.adjoint import Adjoint, BackpropAdjoint, NeumannAdjoint, PhantomAdjoint
 from deepeq.files import write_atomically
 from deepeq.models import CellConfig, LayerConfig
 from deepeq.solvers import GMRES, Anderson, Broyden, ConjugateGradient, FixedPointIteration, NewtonKrylov, Solver
@@ -117,7 +118,7 @@ def recipe_parser() -> ArgumentParser:
 
 def to_plain(value: Any) -> Any:
     """Return a configuration, or a part of one, as what YAML and JSON can hold."""
-    modules = {Solver: "deepeq", LayerConfig: "deepeq.models", Schedule: "deepeq.train"}
+    modules = {Solver: "deepeq", Adjoint: "deepeq", LayerConfig: "deepeq.models", Schedule: "deepeq.train"}
     module = next((module for base, module in modules.items() if isinstance(value, base)), None)
     if module is not None:
         arguments = {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
@@ -176,6 +177,8 @@ def _classes(key: str) -> list[str]:
     if key.endswith("solver"):
         linear = [GMRES, ConjugateGradient] if key.endswith("backward_solver") else []
         kinds: Sequence[type] = [Anderson, Broyden, FixedPointIteration, NewtonKrylov, *linear]
+    elif key.endswith("adjoint"):
+        kinds = [PhantomAdjoint, NeumannAdjoint, BackpropAdjoint]
     elif key.endswith("schedule"):
         kinds = Schedule.__subclasses__()
     else:

@@ -80,7 +80,8 @@ def describe_model(config: RunConfig, *, vocab_size: int | None = None) -> dict[
     result |= _costs(f, z0)
     for name in ("solver", "backward_solver", "eval_solver"):
         solver = getattr(config.equilibrium, name)
-        result[f"{name}_history_bytes"] = _FLOAT32 * state_size * solver.num_stored
+        if solver is not None:  # an adjoint other than the exact one has no backward solve
+            result[f"{name}_history_bytes"] = _FLOAT32 * state_size * solver.num_stored
     return result
 
 
