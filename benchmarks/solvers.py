@@ -186,10 +186,10 @@ def ratios(rows: Sequence[dict[str, Any]], direction: str) -> list[dict[str, Any
 def draw(result: dict[str, Any]) -> Figure:
     """Return the worst residual against the evaluations, a panel for each cell."""
     cells = result["cells"]
-    figure = Figure(figsize=(4.2 * len(cells), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(11.0, 7.0), layout="constrained")
+    panels = figure.subplots(2, 3, sharey=True).flatten()
     shown = ("Anderson()", "Anderson(projection='type_ii')", "Broyden()", "torchdeq broyden", "torchdeq anderson, m=6")
-    for panel, (name, cell) in zip(panels, cells.items(), strict=True):
+    for panel, (name, cell) in zip(panels, cells.items(), strict=False):
         for color, solver in enumerate(shown):
             row = next((r for r in cell["forward"] if r["solver"] == solver and r["residuals"]), None)
             if row is not None:
@@ -197,8 +197,11 @@ def draw(result: dict[str, Any]) -> Figure:
                 best = [min(row["residuals"][: k + 1]) for k in range(len(row["residuals"]))]
                 panel.semilogy(range(1, len(best) + 1), best, style, color=f"C{color}", label=solver)
         panel.set(title=name, xlabel="evaluations of f", ylim=(3e-6, 2.0))
-    panels[0].set_ylabel("best residual so far of the worst\nsample, lower is better")
-    panels[0].legend(fontsize=9)
+    for panel in panels[::3]:
+        panel.set_ylabel("best residual of the worst\nsample, lower is better")
+    for panel in panels[len(cells) :]:
+        panel.set_axis_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.98, 0.1))
     return figure
 
 
