@@ -29,13 +29,15 @@ from deepeq.train import (
 )
 from deepeq.train.logging import preparation
 from deepeq.train.recipe import add_run_arguments, short_error
+from deepeq.train.recipe_text import check_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 0, 1 for a run that failed, 2 for a mistake of the user, 130 for Ctrl-C."""
-    parser = command_parser()
+    parser, words = command_parser(), list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed = parser.instantiate(parser.parse_args(list(sys.argv[1:] if arguments is None else arguments)))
+        _check_recipes(words)
+        parsed = parser.instantiate(parser.parse_args(words))
         _, run = _COMMANDS[parsed.subcommand]
         run(parsed[parsed.subcommand])
         return 0
@@ -47,6 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(130, error)
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
+
+
+def _check_recipes(words: Sequence[str]) -> None:
+    """Check the files after `--config` before the parsing library reads them."""
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        path = Path(value if equals else after)
+        if option == "--config" and path.is_file():  # the library says what is wrong where it is not
+            check_file(path)
 
 
 def _fail(code: int, message: object) -> int:

@@ -63,11 +63,13 @@ def test_no_word_is_cut_by_the_end_of_a_block(blocks: list[str], unit: Unit):
 
 def split_at_once(text: str, unit: Unit) -> list[str]:
     """The 80/10/10 split of a text in memory, with the line starts listed."""
-    starts = [0, *(index + 1 for index, char in enumerate(text) if char == "\n"), len(text)]
-    cuts = [len(text) * 8 // 10, len(text) * 9 // 10]
-    if unit == "word":
-        # Of two line starts at the same distance the earlier one; a start at the cut itself is "before" it.
-        cuts = [min((start for start in starts), key=lambda start, cut=cut: (abs(start - cut), start)) for cut in cuts]
+    ideal = cuts = [len(text) * 8 // 10, len(text) * 9 // 10]
+    for end in ("\n", " ") if unit == "word" else ():
+        starts = [0, *(index + 1 for index, char in enumerate(text) if char == end), len(text)]
+        # Of two starts at the same distance the earlier one; a start at the cut itself is "before" it.
+        cuts = [min((start for start in starts), key=lambda start, cut=cut: (abs(start - cut), start)) for cut in ideal]
+        if 0 < cuts[0] < cuts[1] < len(text):
+            break
     return [text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]]
 
 
@@ -89,9 +91,9 @@ def test_streamed_split_is_that_of_the_joined_text(
 
 def test_stream_can_be_read_again(tmp_path: Path):
     path = tmp_path / "a.txt"
-    path.write_text("some words\n")
+    path.write_text("some words\n" * 20)
     text = find_text(DataConfig(files=(str(path),), unit="word"))
-    assert [list(text.blocks("train")) for _ in range(2)] == [["some words\n"]] * 2
+    assert [list(text.blocks("train")) for _ in range(2)] == [["some words\n" * 16]] * 2
 
 
 @pytest.mark.usefixtures("block_chars")
@@ -128,3 +130,25 @@ def test_line_that_is_no_document_is_named(tmp_path: Path, line: str):
     path.write_text('{"text": "a"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match=r"^line 3 of .*a\.jsonl is not a JSON object with a text in the field 'text'"):
         list(FileSource(path).blocks())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_text_in_another_encoding_without_a_mark_is_refused(tmp_path: Path, encoding: str) -> None:
+    """Its bytes are valid UTF-8, in which half of the characters and more are NUL."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(("the quick brown fox\n" * 300).encode(encoding))
+    with pytest.raises(ValueError, match="holds NUL characters; if it is UTF-16 or UTF-32"):
+        list(FileSource(path).blocks())
+
+
+@pytest.mark.parametrize("unit", ["word", "bpe"])
+def test_a_text_in_one_line_is_split_between_words(tmp_path: Path, unit: Unit) -> None:
+    path, words = tmp_path / "text8.txt", [f"w{i}" for i in range(3000)]
+    path.write_text(" ".join(words))
+    text = find_text(DataConfig(files=(str(path),), unit=unit, vocab_size=300 if unit == "bpe" else None))
+    splits = ["".join(text.blocks(split)) for split in SPLITS]
+    assert "".join(splits).split() == words
+    sizes = [len(split.split()) for split in splits]
+    assert sum(sizes) == len(words)
+    assert sizes[0] > 2000
+    assert min(sizes) > 200

@@ -21,6 +21,7 @@ from deepeq.files import write_atomically
 from deepeq.models import CellConfig, LayerConfig
 from deepeq.solvers import GMRES, Anderson, Broyden, ConjugateGradient, FixedPointIteration, NewtonKrylov, Solver
 from deepeq.train.config import RunConfig
+from deepeq.train.recipe_text import check_file
 from deepeq.train.schedules import Schedule
 
 # A recipe may name the classes of this library and nothing else: a foreign one must not run code.
@@ -91,6 +92,7 @@ def load_config(path: Path, *, complete: bool = False) -> RunConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} the folder of a run?")
+    check_file(path)
     parser = recipe_parser()
     try:
         text = path.read_text(encoding="utf-8")
