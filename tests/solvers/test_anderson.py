@@ -29,7 +29,8 @@ def test_anderson_equals_naive_projection(problem_name, ridge, damping, history_
             if n - 1 > first:
                 delta_f, delta_g = fz.diff(dim=1), (fz - z).diff(dim=1)
                 delta_z = delta_f - delta_g
-                w = {"mixed": delta_g - delta_z, "type_i": -delta_z, "type_ii": delta_g}[projection]
+                sign = torch.where((delta_z * delta_g).sum(dim=0) > 0, -1.0, 1.0)
+                w = {"mixed": delta_g - sign * delta_z, "type_i": -delta_z, "type_ii": delta_g}[projection]
                 penalty = ridge * torch.diag(delta_g.square().sum(dim=0))
                 gamma = torch.linalg.solve(w.T @ delta_g + penalty, w.T @ g)
                 expected = expected - delta_f @ gamma + damping * delta_g @ gamma

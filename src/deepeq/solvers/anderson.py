@@ -13,7 +13,7 @@ from deepeq.solvers.base import Solver
 from deepeq.solvers.basis import Basis, times
 
 Projection = Literal["mixed", "type_i", "type_ii"]
-"""The vectors `w` of `<w_i, g - dG gamma> = 0`: `dg - dz`, `dz`, or `dg`."""
+"""The vectors `w` of `<w_i, g - dG gamma> = 0`: `dg - dz` or `dg + dz`, `dz`, or `dg`."""
 _LEAST_PIVOT = 3e-4
 """Pivots below this fraction of their terms start a problem again (types I and mixed)."""
 _LONGEST_STEP = 10.0
@@ -46,8 +46,9 @@ class Anderson(Solver):
     With `g = f(z) - z` and the differences `dz`, `dg`, `df` of the last steps, `gamma` solves
     `W^T (g - dG gamma) = 0`, and `z <- f(z) - dF gamma - damping (g - dG gamma)`. Type II, with `W = dG`, minimizes
     `||g - dG gamma||`; on an affine map it is GMRES. Type I, with `W = dZ`, is a relative of Broyden's method. Each of
-    them fails on cells where the other is fast. The default, `W = dG - dZ`, needs about as many evaluations as the
-    better one: both terms have equal sizes where the Jacobian is small, and else the larger one counts.
+    them fails on cells where the other is fast. The default has the columns `dg - dz`, or `dg + dz` where
+    `<dz, dg> > 0`. It needs about as many evaluations as the better one: both terms have equal sizes where the Jacobian
+    is small, and else the larger one counts. A step is at most ten times as long as `z` and `f(z)` together.
 
     One vector per step is kept, `dg`, instead of two: `df = dg + dz`, and each step `dz` is a combination of `g` and
     the differences before it, whose coefficients are known. When `history_size` differences are stored the method
@@ -110,8 +111,8 @@ class Anderson(Solver):
         if self.damping:
             step += self.damping * gamma
         square = torch.bmm(times(step, gram).unsqueeze(1), step.unsqueeze(2)).squeeze(2)
-        most = _LONGEST_STEP**2 * (size * size + products[:, 1, :1])
-        step = step * torch.where(square > most, most / torch.where(square > most, square, 1.0), 1.0).sqrt()
+        limit = _LONGEST_STEP**2 * (size * size + products[:, 1, :1])
+        step = step * torch.where(square > limit, limit / torch.where(square > limit, square, 1.0), 1.0).sqrt()
         steps = _with_row(new + 1, step, steps)
         step = step[:, : new + 1].to(z.dtype)
         z_next = differences.add(torch.addcmul(z, g, step[:, :1]), step[:, 1:])
@@ -120,7 +121,7 @@ class Anderson(Solver):
     def _start(self, g: Tensor) -> AndersonState:
         gram, steps, inverse = g.new_zeros((3, len(g), _BLOCK, _BLOCK), dtype=torch.float64).unbind()
         steps[:, 1, 0] = 1.0 - self.damping
-        return AndersonState(g, Basis(), gram, steps, inverse, gram[:, 0, :1])
+        return AndersonState(g, Basis(), gram, steps, inverse, gram.new_zeros((len(g), 1)))
 
     def _products(self, differences: Basis, g: Tensor, gram: Tensor) -> Tensor:
         """Return the products of the newest difference and of `g` with `g` and all differences, `(B, 2, K)`."""
