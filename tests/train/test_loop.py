@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deepeq import PhantomAdjoint
 from deepeq.models import RecurrentConfig, TCNConfig, TrellisConfig
 from deepeq.train import (
     EquilibriumConfig,
@@ -15,6 +16,7 @@ from deepeq.train import (
     Linear,
     RunConfig,
     RunFolder,
+    load_config,
     read_metrics,
 )
 from deepeq.train.checkpoint import SavedCheckpoint
@@ -100,6 +102,7 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         "tolerance_schedule": {"tolerance_schedule": Geometric(start=20.0, end=1.0)},
         "step_limit_schedule": {"step_limit_schedule": Linear(start=0.3, end=1.0)},
         "piece_len": {"piece_len": 3, "jacobian_weight": 0.0},
+        "adjoint": {"adjoint": PhantomAdjoint(steps=2, damping=0.5), "backward_solver": None},
     }
     seen = {}
     config = with_train(config, steps=6, eval_every=6, checkpoint_every=6)
@@ -107,6 +110,25 @@ def test_every_option_of_the_equilibrium_changes_the_run(config: RunConfig, tmp_
         variant = replace(config, equilibrium=replace(config.equilibrium, **values))
         seen[name] = fit(with_run(variant, dir=str(tmp_path / name)))[-1][1]
     assert len(set(seen.values())) == len(seen), seen
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("batch_size: 4\n", "batch_size: 2\n", "train.batch_size"),
+        ("segment_len: 8\n", "segment_len: 4\n", "train.segment_len"),
+        ("precision: 32-true", "precision: 64-true", "train.precision"),
+    ],
+)
+def test_a_run_whose_file_was_edited_does_not_continue(config: RunConfig, old: str, new: str, name: str) -> None:
+    """What counts is the configuration in the checkpoint, not the file, which is both the old and the new one here."""
+    train(config)
+    path = Path(config.run.dir or "") / "config.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(f"  {old}", f"  {new}", 1))
+    with pytest.raises(ValueError, match=f"was trained with another {name}"):
+        train(replace(load_config(path), run=config.run), resume="yes")
 
 
 NETWORKS = {

@@ -166,7 +166,7 @@ class Trainer:
         Raises:
             ValueError: The checkpoint is of another configuration, another text or another model.
         """
-        self._check_changes()
+        self._check_changes(saved.progress.get("config"))
         progress, steps = saved.progress, self.config.train.steps
         if progress["text"] != self.corpus.fingerprint:
             raise ValueError(f"the text of {self.folder.path} has changed since its checkpoint; start a new run")
@@ -180,12 +180,17 @@ class Trainer:
         if not set_random_states(content.random, self.fabric):
             self.display.say("the number of processes has changed, so dropout masks are drawn from new generators")
 
-    def _check_changes(self) -> None:
-        """Refuse a configuration that cannot continue the run, and tell what else has changed."""
-        before, now = to_plain(load_config(self.folder.config, complete=True)), to_plain(self.config)
+    def _check_changes(self, before: dict[str, Any] | None) -> None:
+        """Refuse a configuration that cannot continue the run, and tell what else has changed.
+
+        Args:
+            before: The configuration in the checkpoint. Older checkpoints have none, and the file of the run is taken.
+        """
+        old: dict[str, Any] = before or to_plain(load_config(self.folder.config, complete=True))
+        now = to_plain(self.config)
         parts = ("data", "model", "equilibrium", "optimizer", "train")
         changed = [
-            f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != before[part].get(name)
+            f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != old[part].get(name)
         ]
         fixed = [name for name in changed if name.startswith("model.") or name in _FIXED]
         if fixed:
@@ -228,6 +233,7 @@ class Trainer:
 
     def _save(self) -> None:
         progress = {
+            "config": to_plain(self.config),  # the file of the run may be edited
             "step": self.step,
             "seconds": self.seconds,
             "best_nll": self.best_nll,
