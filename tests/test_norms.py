@@ -16,6 +16,7 @@ from deepeq import (
     fixed_point,
     root_find,
 )
+from deepeq.norms import safe_two_norm, two_norm
 from tests.problems import solve
 
 SOLVERS = [
@@ -290,3 +291,11 @@ def test_residual_is_measured_in_float64_and_stored_in_the_dtype_of_the_state():
     assert solution.relative_residual.dtype == torch.float32
     torch.testing.assert_close(solution.relative_residual.item(), 1.0)
     torch.testing.assert_close(solution.absolute_residual.item(), 0.5e-23 * 100_000**0.5, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("norm", [two_norm, safe_two_norm])
+@pytest.mark.parametrize("size", [8192, 8193, 2_000_000])
+def test_norms_of_many_equal_numbers_keep_their_digits(norm, size):
+    z = torch.full((2, size), 0.7371)
+    exact = torch.linalg.vector_norm(z.double(), dim=1)
+    torch.testing.assert_close(norm(z).double(), exact, rtol=1e-5, atol=0.0)

@@ -103,3 +103,14 @@ def test_any_slope_but_one_is_found(slope):
     z0 = torch.zeros(2, 3, dtype=torch.float64)
     solution = solve(lambda z: slope * z + 1.0, z0, solver=Anderson(rtol=1e-8))
     torch.testing.assert_close(solution.value, torch.full_like(z0, 1.0 / (1.0 - slope)))
+
+
+@pytest.mark.parametrize("projection", ["mixed", "type_ii"])
+@pytest.mark.parametrize("width", [10, 30_000, 1_000_000, 2_000_000])
+def test_sums_over_large_states_keep_their_digits(width, projection):
+    """All numbers of a state are equal here, so that every difference depends on the first one, as far as sums tell."""
+    z0, solver = torch.zeros(2, width), Anderson(rtol=1e-4, projection=projection)
+    with torch.no_grad():
+        solution = solve(lambda z: 0.9 * torch.tanh(z) + 1.0, z0, solver=solver)
+    assert solution.converged.all()
+    assert solution.num_steps.max() <= 12

@@ -166,7 +166,7 @@ class Anderson(Solver):
             weights: Without the new one.
         """
         if self.projection == "type_ii":
-            projected, row, least = products, products[:, 0], 8.0 * eps
+            projected, row, least = products, products[:, 0], 100.0 * eps
         else:
             of_dz = times(steps[:, new], gram) - products[:, 0]  # dz_k^T dG
             # With this sign, <w_k, dg_k> = ||dg_k||^2 + |<dz_k, dg_k>|: w_k vanishes nowhere.

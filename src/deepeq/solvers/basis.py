@@ -5,7 +5,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from deepeq.norms import inner
+from deepeq.norms import LONGEST, inner
 
 _BLOCK = 16
 """Vectors in a block: few, so that little memory is held in advance, but enough for batched products to pay."""
@@ -56,8 +56,11 @@ class Basis(NamedTuple):
         for part in self.parts():
             if _is_small(part):
                 rows += [inner(q, w).unsqueeze(1) for q in part.unbind(1)]
-            else:
+            elif part.shape[2] <= LONGEST:
                 rows.append(times(w, part.mT))
+            else:
+                pairs = zip(w.split(LONGEST, dim=1), part.split(LONGEST, dim=2), strict=True)
+                rows.append(torch.stack([times(some, more.mT) for some, more in pairs]).sum(dim=0))
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def add(self, w: Tensor, coefficients: Tensor, *, sign: int = 1) -> Tensor:

@@ -189,9 +189,7 @@ class Trainer:
         old: dict[str, Any] = before or to_plain(load_config(self.folder.config, complete=True))
         now = to_plain(self.config)
         parts = ("data", "model", "equilibrium", "optimizer", "train")
-        changed = [
-            f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != old[part].get(name)
-        ]
+        changed = [f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != old[part].get(name)]
         fixed = [name for name in changed if name.startswith("model.") or name in _FIXED]
         if fixed:
             raise ValueError(f"{self.folder.path} was trained with another {', '.join(fixed)}; start a new run")
