@@ -332,6 +332,24 @@ def test_answers_are_the_same_where_problems_that_are_done_leave(solver, with_gr
     assert min(logs[1]) == 16
 
 
+@pytest.mark.parametrize("mode", ["autocast", "inference"])
+def test_the_rows_that_remain_are_evaluated_in_the_modes_of_the_caller(mode):
+    class Recorded(Slopes):
+        def __call__(self, z):
+            modes = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+            self.log.append((len(z), modes))
+            return self.slopes * z + 1.0
+
+        def take(self, rows):
+            return Recorded(self.slopes[rows], self.log)
+
+    log, z0 = [], torch.zeros(16, 6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else torch.inference_mode():
+        solve(Recorded(SLOPES, log), z0, solver=Anderson(rtol=1e-9, max_steps=40))
+    assert min(size for size, _ in log) <= 4
+    assert {modes for _, modes in log} == {(mode == "autocast", mode == "inference")}
+
+
 def test_rows_that_leave_although_they_are_coupled_are_found_out():
     class Coupled(Slopes):
         def __call__(self, z):

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from deepeq.checks import check_choice, check_count
 from deepeq.diagnosis import OnFailure, explain_nonfinite, report
 from deepeq.implicit import ImplicitFunction, LinearSolve, Rule
-from deepeq.iterate import OnStep, in_current_modes, iterate, reconcile
+from deepeq.iterate import OnStep, iterate, reconcile
+from deepeq.modes import Modes
 from deepeq.packing import Map, Packing
 from deepeq.problem import Measured, Measures, Problem
 from deepeq.scaling import unit_of_gradients
@@ -340,7 +341,7 @@ def _attach(
     fz, _, measured = recompute(evaluate, z, use_reentrant=False) if checkpoint else evaluate(z)
     solution = solution._replace(value=z.detach(), num_evals=solution.num_evals + 1)
     solution = _confirmed(solution, measures(fz, measured), problem, solver)
-    rule = Rule(adjoint_solve, in_current_modes(problem.__call__, z.device.type) if checkpoint else None)
+    rule = Rule(adjoint_solve, Modes.now(z.device.type).keep(problem.__call__) if checkpoint else None)
     if not twice:
         return _with_kept_states(problem, solution, ImplicitFunction.apply(fz, z, rule))
     # The first value has right first derivatives only. Evaluating f there connects z* to its own dependence on the

@@ -1,21 +1,19 @@
 """The search loop: it evaluates `f`, measures residuals, and decides when each problem is done."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from deepeq.diagnosis import explain_inconsistency, explain_nonfinite, explain_steps
+from deepeq.modes import Modes
 from deepeq.problem import Measured, Measures, Problem
 from deepeq.rows import Counted, Rows
 from deepeq.scaling import power_of_two
 from deepeq.solution import Result, Solution
 from deepeq.solvers.base import Solver
 
-Value = TypeVar("Value")
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Receives the step (counted from 1), the point `(B, N)` and the relative residuals `(B,)` after each evaluation."""
 
@@ -60,13 +58,14 @@ def iterate(
     """
     check_every = check_every or (1 if z0.device.type == "cpu" else 4)
     measures = measures or Measures(problem, solver)
-    evaluate = Counted(in_current_modes(problem.evaluate, z0.device.type))
+    modes = Modes.now(z0.device.type)
+    evaluate = Counted(modes.keep(problem.evaluate))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    with _modes_of_algebra(z0.device.type):
+    with modes.algebra():
         z = _with_version_counter(z0)
         # A search that is to go on from its last point stops nowhere earlier.
         search = _Search(z, solver, min_steps=solver.max_steps + 1 if advance else solver.min_steps)
-        rule, unit, state, rows = solver, None, None, Rows(problem, solver)
+        rule, unit, state, rows = solver, None, None, Rows(problem, solver, modes)
         for step in range(1, solver.max_steps + 1):
             known = problem.first if step == 1 else None
             fz, g, measured = rows.evaluate(z, evaluate) if known is None else problem.complete(known, z)
@@ -261,31 +260,3 @@ def unit_of(g: Tensor) -> Tensor | None:
         return None
     unit = power_of_two(g.detach().abs().amax(dim=1, keepdim=True))
     return unit if bool(((unit > 2.0**20) | (unit < 2.0**-20)).any()) else None
-
-
-@contextmanager
-def _modes_of_algebra(device_type: str) -> Iterator[None]:
-    """Run the solver's own arithmetic without autocast, and outside of inference mode."""
-    with torch.autocast(device_type, enabled=False):
-        if not torch.is_inference_mode_enabled():
-            yield
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-
-
-def in_current_modes(f: Callable[[Tensor], Value], device_type: str) -> Callable[[Tensor], Value]:
-    """Return `f` under the autocast and inference modes of now, wherever it is called."""
-    autocast, inference = torch.is_autocast_enabled(device_type), torch.is_inference_mode_enabled()
-    if not autocast and not inference:
-        return f
-    dtype, cache = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
-
-    def evaluate(z: Tensor) -> Value:
-        with (
-            torch.inference_mode() if inference else nullcontext(),  # inference_mode(False) would enable gradients
-            torch.autocast(device_type, dtype=dtype, cache_enabled=cache, enabled=autocast),
-        ):
-            return f(z)
-
-    return evaluate

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from deepeq.modes import Modes
 from deepeq.packing import Map
 from deepeq.problem import Problem
 from deepeq.solvers.base import Solver
@@ -40,8 +41,9 @@ class Rows:
     Where the problem has `take`, its function too sees only these from then on.
     """
 
-    def __init__(self, problem: Problem, solver: Solver) -> None:
-        self._problem, self._all, self._index, self._fz = problem, not solver.independent_rows, None, None
+    def __init__(self, problem: Problem, solver: Solver, modes: Modes) -> None:
+        self._problem, self._modes = problem, modes
+        self._all, self._index, self._fz = not solver.independent_rows, None, None
         self.function: Map | None = None
 
     def shrink(self, running: Tensor, state: Any, fz: Tensor) -> Any:
@@ -52,7 +54,7 @@ class Rows:
         kept = running if self._index is None else running[self._index]
         self._index = running.nonzero().squeeze(1)
         if self._problem.take is not None:
-            self.function, self._fz = self._problem.take(self._index), fz
+            self.function, self._fz = self._modes.keep(self._problem.take(self._index)), fz
         return pytree.tree_map_only(Tensor, lambda t: t[kept] if t.ndim and len(t) == size else t, state)
 
     def evaluate(self, z: Tensor, counted: Counted) -> tuple[Tensor, Tensor, Tensor]:
